@@ -1,0 +1,133 @@
+"""The PyTorch implementation of `lora_linear`: one autograd Function.
+
+With A_j, B_j the factors of the j-th enabled part and N_j its rows of the output (one part: all rows):
+
+    S  = (m ∘ x) Aᵀ                       y = x Wᵀ + bias,  then  y[:, N_j] += α S_j B_jᵀ
+    dS_j = dY[:, N_j] B_j                 dX = α m ∘ (dS A),  then  dX += dY W
+    dA = α dSᵀ (m ∘ x)                    dB_j = α dY[:, N_j]ᵀ S_j
+
+m is the dropout mask (all ones at p = 0) and α = scaling / (1 - p').
+
+Shapes: x (..., K), W (N, K) of any strides, A (n·r, K), B (sum of N_j, r), S (M, n·r) with M the rows
+of x. Saved for backward: x, S, one bit an element of x at p > 0, and the parameters themselves. Never
+formed: the dense update B A, a second copy of y or dX, a dropped-out copy of x that outlives the call.
+What autograd does not ask for is not computed.
+
+S is an output of the Function because it is needed in backward: so gradients of gradients are right.
+α stays out of S and dS and goes into the products as their `alpha`, in the precision of the
+accumulator. The base product comes first and the update is added in place, so that with B = 0 the
+output is the frozen layer's to the bit; in backward the small product comes first, because it must be
+masked before the big one may be added.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dropout import keep
+
+Rows = tuple[tuple[int, int], ...]
+
+
+def _mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha · a b, scaled before the result is rounded."""
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=alpha)
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _parts(lora_B: Tensor, s: Tensor, rows: Rows) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """First row of the output, last row + 1, B_j, S_j of every part."""
+    factors = lora_B.split([stop - start for start, stop in rows])
+    blocks = s.split(lora_B.shape[1], dim=1)
+    for (start, stop), factor, block in zip(rows, factors, blocks, strict=True):
+        yield start, stop, factor, block
+
+
+class LoRALinear(torch.autograd.Function):
+    """(x, weight, bias, A, B, keep bits or None, α, rows of each part) -> (y, S), all in x's dtype.
+
+    Parameters of another dtype are cast for the products, in forward and again in backward, so that
+    no cast copy is kept; their gradients come back in their own dtype.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bits: Tensor | None,
+        alpha: float,
+        rows: Rows,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype
+        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        x2 = x.reshape(-1, x.shape[-1])
+        s = torch.mm(x2 if bits is None else keep(x2, bits), lora_A.to(dtype).t())
+        y2 = y.view(-1, y.shape[-1])
+        for start, stop, factor, s_j in _parts(lora_B.to(dtype), s, rows):
+            y2[:, start:stop].addmm_(s_j, factor.t(), alpha=alpha)
+        return y, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, lora_A, lora_B, bits, ctx.alpha, ctx.rows = inputs
+        needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x if needs_A or needs_weight else None,
+            weight if needs_x else None,
+            lora_A,
+            lora_B,
+            bits,
+            output[1] if needs_B else None,
+        )
+        ctx.x_shape, ctx.weight_dtype = x.shape, weight.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Any, ...]:
+        x, weight, lora_A, lora_B, bits, s = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        grad_x = grad_weight = grad_bias = grad_A = grad_B = ds = None
+        alpha, rows = ctx.alpha, ctx.rows
+        if grad_y is not None:
+            dtype, dy = grad_y.dtype, grad_y.reshape(-1, grad_y.shape[-1])
+            if needs_x or needs_A:
+                factors = lora_B.to(dtype).split([stop - start for start, stop in rows])
+                ds = _cat([dy[:, a:b] @ f for (a, b), f in zip(rows, factors, strict=True)], dim=1)
+            if needs_B:
+                blocks = s.split(lora_B.shape[1], dim=1)
+                grad_B = _cat(
+                    [
+                        _mm(dy[:, a:b].t(), s_j, alpha)
+                        for (a, b), s_j in zip(rows, blocks, strict=True)
+                    ],
+                    dim=0,
+                ).to(lora_B.dtype)
+            if needs_weight:
+                grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            if needs_bias:
+                grad_bias = dy.sum(0).to(ctx.bias_dtype)
+        if grad_s is not None:  # only when a gradient is differentiated again
+            ds, alpha = grad_s if ds is None else grad_s + alpha * ds, 1.0
+        if needs_A and ds is not None:
+            x2 = x.reshape(-1, x.shape[-1])
+            masked = x2 if bits is None else keep(x2, bits)
+            grad_A = _mm(ds.t(), masked, alpha).to(lora_A.dtype)
+        if needs_x and ds is not None:
+            dx = _mm(ds, lora_A.to(ds.dtype), alpha)
+            dx = dx if bits is None else keep(dx, bits)
+            if grad_y is not None:
+                dx = dx.addmm_(dy, weight.to(dtype))
+            grad_x = dx.view(ctx.x_shape)
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None

@@ -1,0 +1,42 @@
+"""LoRA layers for PyTorch that cost next to nothing over the frozen model.
+
+>>> import torch, lora
+>>> model = torch.nn.Sequential(lora.Linear(64, 64, r=8), torch.nn.Linear(64, 2))
+>>> lora.mark_only_lora_as_trainable(model)
+>>> model(torch.randn(4, 64)).sum().backward()
+>>> sorted(lora.lora_state_dict(model))
+['0.lora_A', '0.lora_B']
+"""
+
+from ._base import LoRALayer
+from ._version import __version__
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .linear import Linear
+from .merged_linear import MergedLinear
+from .modes import disabled, merged
+from .patch import patch, unpatch
+from .phi3 import patch_phi3
+from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
+from .summary import Summary, summary
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "Summary",
+    "__version__",
+    "disabled",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merged",
+    "merged_state_dict",
+    "patch",
+    "patch_phi3",
+    "summary",
+    "unpatch",
+]

@@ -1,0 +1,236 @@
+"""LoRALayer: what every layer shares. r, alpha, scaling, dropout; merging; wrapping and unwrapping.
+
+A layer computes weight + scaling · update(lora_A, lora_B) without ever writing to `weight`. Merging
+makes a second tensor that eval forward uses; it is not part of the state, so `state_dict()` is the
+same in both modes, and a weight that is tied to another module cannot be harmed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class _Merged(NamedTuple):
+    """The merged weight, and what it was made from."""
+
+    weight: Tensor
+    versions: tuple[object, ...]
+    factors: tuple[Tensor, Tensor]
+
+
+class LoRALayer(_Module):
+    """Mixin of the LoRA layers, to stand before the torch module in the bases.
+
+    Merging (`merge_weights=True`): `eval()` makes a second tensor, weight + update, computed in at
+    least fp32 and rounded once to weight's dtype, and eval forward uses it. It costs as much memory
+    as the weight. `train()`, loading, `.to()`, `deepcopy` and pickling drop it; if the weight, a
+    factor or `scaling` changed since, the next forward in eval makes it anew (changes through `.data`,
+    which PyTorch does not count, are found by value: on a CPU at once, on other devices at the next
+    `eval()` or after a forward that trained). With gradients enabled and something to train, eval
+    forward takes the unmerged path, so that training in eval mode works. So does a forward inside
+    `torch.compile`, where staleness cannot be seen, and one under `torch.func.functional_call` with
+    tensors that are no Parameters.
+
+    Attributes:
+        r, lora_alpha, scaling: rank, alpha, and lora_alpha / r (LoRA, arXiv 2106.09685, section 4.1).
+        lora_dropout: an `nn.Dropout` that says p and whether it acts; `forward` reads it.
+        merge_weights: whether eval merges. May be changed at any time.
+        merged: whether the second tensor exists.
+        disabled: when True, forward is the plain layer's (see `lora.disabled`).
+    """
+
+    # Instance attributes that the plain module does not have.
+    _OWN: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "merge_weights",
+        "merged",
+        "disabled",
+        "_merged",
+        "_suspect",
+        "_plain_type",
+    )
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+        kind = type(self).__name__
+        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            raise ValueError(f"{kind}: r={r!r}: expected a whole number, 0 (no LoRA) or more")
+        if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+            raise ValueError(f"{kind}: lora_alpha={lora_alpha!r}: expected a finite number")
+        if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+            raise ValueError(f"{kind}: lora_dropout={lora_dropout!r}: expected a number in [0, 1)")
+        self.r = r
+        self.lora_alpha = lora_alpha
+        if r > 0:
+            self.scaling = lora_alpha / r
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.merge_weights = merge_weights
+        self.merged = False
+        self.disabled = False
+        self._merged: _Merged | None = None
+        self._suspect = False
+
+    def delta_weight(self) -> Tensor:
+        """The dense update, scaling included, in weight's shape and at least fp32; a new tensor."""
+        raise NotImplementedError(f"{type(self).__name__} does not define delta_weight()")
+
+    def merged_weight(self) -> Tensor:
+        """weight + update in weight's shape and dtype, rounded once; a new tensor, detached."""
+        with torch.no_grad():
+            if self.r == 0:
+                return self.weight.detach().clone()
+            return torch.empty_like(self.weight).copy_(self.delta_weight().add_(self.weight))
+
+    # Construction
+
+    def _add_factors(
+        self, shape_A: tuple[int, ...], shape_B: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> None:
+        """Register lora_A and lora_B (zeros, on weight's device) and freeze weight."""
+        if self.r == 0:
+            return
+        self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A, dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(shape_B, dtype=dtype))
+        self.weight.requires_grad = False
+
+    def _reset_factors(self) -> None:
+        """A as nn.Linear draws its weight, B zero (LoRA, section 4.1: the update begins at zero)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @classmethod
+    def _adopt(cls, layer: nn.Module, plain_types: tuple[type, ...]) -> Self:
+        """An object of this class on `layer`'s own Parameters, buffers, hooks, mode and settings."""
+        if type(layer) not in plain_types:
+            names = " or ".join(f"{t.__module__}.{t.__name__}" for t in plain_types)
+            raise TypeError(
+                f"lora.{cls.__name__}.from_module: got {type(layer).__module__}."
+                f"{type(layer).__name__}, expected exactly {names}: a subclass may compute something"
+                " else from its weight"
+            )
+        weight = layer._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
+            raise TypeError(
+                f"lora.{cls.__name__}.from_module: expected a floating-point Parameter named "
+                f"weight, got {None if weight is None else weight.dtype}"
+            )
+        new = cls.__new__(cls)
+        new.__dict__.update(layer.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[registry] = layer.__dict__[registry].copy()
+        new.__dict__["_plain_type"] = type(layer)
+        return new
+
+    def to_module(self, merge: bool = False) -> nn.Module:
+        """The plain torch module on the same Parameters: the inverse of `from_module`.
+
+        With merge=True its weight is a new Parameter, weight + update. A layer that was built by
+        its constructor gives the torch class that it extends.
+        """
+        plain_type = self.__dict__.get("_plain_type", self._default_plain_type())
+        plain: nn.Module = plain_type.__new__(plain_type)
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._OWN})
+        plain.__dict__["_parameters"] = {
+            k: p for k, p in self._parameters.items() if k not in ("lora_A", "lora_B")
+        }
+        plain.__dict__["_buffers"] = self._buffers.copy()
+        plain.__dict__["_modules"] = {k: m for k, m in self._modules.items() if k != "lora_dropout"}
+        if merge and self.r > 0:
+            plain.weight = nn.Parameter(self.merged_weight(), self.weight.requires_grad)
+        return plain
+
+    @classmethod
+    def _default_plain_type(cls) -> type[nn.Module]:
+        return next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn."))
+
+    # Merging
+
+    def _weight_to_use(self) -> Tensor | None:
+        """The merged weight if this forward may use it, made anew if it is missing or stale."""
+        if self.training or not self.merge_weights or torch.compiler.is_compiling():
+            return None
+        sources = (self.weight, self.lora_A, self.lora_B)
+        if not all(isinstance(t, nn.Parameter) for t in sources):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+            self._suspect = True
+            return None
+        return self._merge()
+
+    def _merge(self) -> Tensor | None:
+        """Make the merged weight, unless there is a fresh one; None on the meta device."""
+        sources = (self.weight, self.lora_A, self.lora_B)
+        if any(t.is_meta for t in sources):
+            return None
+        versions = (
+            self.scaling,
+            *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources),
+        )
+        kept = self._merged
+        if kept is not None and kept.versions == versions:
+            look = self._suspect or self.weight.device.type == "cpu"
+            if not look or all(map(torch.equal, kept.factors, sources[1:])):
+                self._suspect = False
+                return kept.weight
+        factors = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
+        self._merged = _Merged(self.merged_weight(), versions, factors)
+        self.merged, self._suspect = True, False
+        return self._merged.weight
+
+    def _drop_merged(self) -> None:
+        self._merged, self.merged = None, False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and return self; eval merges (if `merge_weights`), train drops the merge."""
+        super().train(mode)
+        if mode or self.r == 0 or not self.merge_weights:
+            self._drop_merged()
+        else:
+            self._suspect = True
+            self._merge()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._drop_merged()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_merged()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_merged": None, "merged": False}
+
+    def extra_repr(self) -> str:
+        if self.r == 0:
+            return f"{super().extra_repr()}, r=0"
+        return (
+            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout.p}, merged={self.merged}"
+        )
+
+
+def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, LoRALayer]]:
+    """(name, layer) of every LoRA layer in `model`, the model itself included."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, LoRALayer):
+            yield name, module

@@ -1,0 +1,132 @@
+"""MergedLinear: one linear layer that stands for several, each with its own low-rank update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.reference import part_rows
+from .linear import Linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class MergedLinear(Linear):
+    """Several linear layers in one weight, such as a fused qkv projection (loralib's MergedLinear).
+
+        y = x Wᵀ + bias;   y[..., N_j] += scaling · (dropout(x) A_jᵀ) B_jᵀ   for each enabled part j
+
+    weight (out, in), frozen; with n enabled parts, lora_A (r·n, in) and lora_B (rows of the enabled
+    parts, r), both stacked part by part; r is the rank of each part; scaling = lora_alpha / r. The
+    parts are `out_splits` rows each, of equal size if it is None. The parts share one dropout mask.
+    The dense update is formed for merging alone, never in an unmerged forward or backward.
+
+    Raises ValueError if r > 0 and enable_lora enables nothing (as its default, kept from loralib,
+    does), and if mask and parts do not fit out_features.
+
+    >>> layer = MergedLinear(768, 3 * 768, r=8, enable_lora=[True, False, True])
+    >>> layer.lora_A.shape, layer.lora_B.shape
+    (torch.Size([16, 768]), torch.Size([1536, 8]))
+    """
+
+    _OWN = (*Linear._OWN, "enable_lora", "out_splits")
+    enable_lora: Sequence[bool]
+    out_splits: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        out_splits: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.r, self.out_features = r, out_features  # the parts decide the factors' shapes
+        self._set_parts(enable_lora, out_splits)
+        super().__init__(
+            in_features,
+            out_features,
+            r,
+            lora_alpha,
+            lora_dropout,
+            fan_in_fan_out,
+            merge_weights,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_module(  # type: ignore[override]  # its options are named here
+        cls,
+        layer: nn.Module,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        *,
+        enable_lora: Sequence[bool] = (False,),
+        out_splits: Sequence[int] | None = None,
+        lora_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Wrap a pretrained linear layer as `Linear.from_module` does, with parts."""
+        parts = {"enable_lora": enable_lora, "out_splits": out_splits}
+        return super().from_module(
+            layer, r, lora_alpha, lora_dropout, merge_weights, lora_dtype=lora_dtype, **parts
+        )
+
+    def _set_parts(
+        self, enable_lora: Sequence[bool] = (False,), out_splits: Sequence[int] | None = None
+    ) -> None:
+        out, flags = self.out_features, list(enable_lora)
+        if not flags or not all(flag in (True, False) for flag in flags):
+            raise ValueError(
+                f"MergedLinear: enable_lora={enable_lora!r}: expected one bool a part, such as "
+                "[True, False, True]"
+            )
+        if out_splits is None:
+            if out % len(flags):
+                raise ValueError(
+                    f"MergedLinear: enable_lora={enable_lora!r} has {len(flags)} parts, which do "
+                    f"not divide out_features={out}; give the sizes of unequal parts as out_splits"
+                )
+            out_splits = [out // len(flags)] * len(flags)
+        sizes = tuple(out_splits)
+        if len(sizes) != len(flags) or sum(sizes) != out or not all(size > 0 for size in sizes):
+            raise ValueError(
+                f"MergedLinear: out_splits={list(sizes)} with enable_lora={enable_lora!r}: "
+                f"expected one positive size for each of the {len(flags)} parts, {out} in the sum"
+            )
+        if self.r != 0 and not any(flags):
+            raise ValueError(
+                f"MergedLinear: r={self.r} but enable_lora={enable_lora!r} enables no part; enable "
+                "one, as in [True, False, True], or take r=0 for a plain layer"
+            )
+        self.enable_lora = [bool(flag) for flag in flags]
+        self.out_splits = sizes
+
+    def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        rows = sum(stop - start for start, stop in part_rows(self.out_splits, self.enable_lora))
+        return (self.r * sum(self.enable_lora), self.in_features), (rows, self.r)
+
+    def delta_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.weight.new_zeros((self.out_features, self.in_features), dtype=dtype)
+        rows = part_rows(self.out_splits, self.enable_lora)
+        factors_A = torch.split(self.lora_A.to(dtype), self.r)
+        factors_B = torch.split(self.lora_B.to(dtype), [stop - start for start, stop in rows])
+        for (start, stop), A, B in zip(rows, factors_A, factors_B, strict=True):
+            delta[start:stop] = B @ A * self.scaling
+        return self._matrix(delta)
+
+    def extra_repr(self) -> str:
+        parts = f"enable_lora={self.enable_lora}, out_splits={list(self.out_splits)}"
+        return f"{super().extra_repr()}, {parts}"

@@ -1,0 +1,55 @@
+"""Context managers over all LoRA layers of a model: without the update, or with it merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ._base import lora_layers
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the LoRA layers compute what the plain layers would, to the bit.
+
+    Nothing is copied or written. Biases that were trained stay trained.
+
+    >>> with disabled(model):
+    ...     reference = model(x)
+    """
+    before = [(layer, layer.disabled) for _, layer in lora_layers(model)]
+    try:
+        for layer, _ in before:
+            layer.disabled = True
+        yield model
+    finally:
+        for layer, was_disabled in before:
+            layer.disabled = was_disabled
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the LoRA layers are in eval mode and merged, whatever `merge_weights` says.
+
+    It costs a second copy of every adapted weight, freed at the end, when mode and `merge_weights`
+    are as they were. A forward that trains still takes the unmerged path (see `LoRALayer`).
+
+    >>> with merged(model), torch.inference_mode():
+    ...     model.generate(**inputs)
+    """
+    before = [
+        (layer, layer.merge_weights, layer.training, layer.lora_dropout.training)
+        for _, layer in lora_layers(model)
+    ]
+    try:
+        for layer, *_ in before:
+            layer.merge_weights = True
+            layer.eval()
+        yield model
+    finally:
+        for layer, merge_weights, training, dropping in before:
+            layer.merge_weights = merge_weights
+            layer.train(training)
+            layer.lora_dropout.train(dropping)

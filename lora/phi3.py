@@ -1,0 +1,171 @@
+"""patch_phi3: a table of Phi-3's names and splits over `patch`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ._base import LoRALayer
+from .linear import Linear
+from .merged_linear import MergedLinear
+from .patch import check_patchable, find_targets, replace
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+# The linear layers of a decoder layer (transformers, models/phi3/modeling_phi3.py), by their block.
+_PROJECTIONS = {
+    "qkv_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_up_proj": "mlp",
+    "down_proj": "mlp",
+}
+# Names from models whose projections are not fused, and what holds them here.
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+
+
+def patch_phi3(
+    model: _Model,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.05,
+    target_modules: str | Collection[str] = ("qkv_proj", "gate_up_proj", "down_proj"),
+    enable_qkv: Sequence[bool] = (True, True, True),
+    *,
+    bias: str = "none",
+    task_type: str | None = None,
+    modules_to_save: None = None,
+    layers_to_transform: int | Collection[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    merge_weights: bool = False,
+    lora_dtype: torch.dtype | None = None,
+) -> _Model:
+    """Adapt the projections of a Phi-3 model in place, freeze the rest, and return the model.
+
+    qkv_proj becomes a MergedLinear of q, k and v (the sizes from the config, so grouped-query
+    attention is exact), gate_up_proj a MergedLinear of two parts, o_proj and down_proj a Linear.
+    r is the rank of each part. Works for transformers' Phi-3, Phi-3.5, Phi-4 and Phi-4-mini, and
+    for a model of other code with the same structure. The base's own state-dict keys do not change.
+
+    Args:
+        target_modules: of qkv_proj, o_proj, gate_up_proj, down_proj; or a regular expression; or
+            "all-linear", all four.
+        enable_qkv: which of q, k and v get an update.
+        task_type, modules_to_save: of a published `peft_config`, so that it can be passed whole;
+            task_type changes nothing, modules_to_save must be None.
+        The rest as in `lora.patch`.
+
+    Raises:
+        ValueError, TypeError: a model that is no Phi-3, targets that match nothing, and what
+            `lora.patch` refuses. The model is then as it was.
+
+    >>> model = AutoModelForCausalLM.from_pretrained("microsoft/Phi-3-mini-4k-instruct")
+    >>> lora.patch_phi3(model, r=16, lora_alpha=32, target_modules="all-linear")
+    """
+    check_patchable(model)
+    layers = _decoder_layers(model)
+    if modules_to_save:
+        raise ValueError(f"modules_to_save={modules_to_save!r}: expected None")
+    if task_type is not None and task_type not in _TASK_TYPES:
+        raise ValueError(f"task_type={task_type!r}: expected one of {_TASK_TYPES} or None")
+    if len(enable_qkv) != 3:
+        raise ValueError(f"enable_qkv={enable_qkv!r}: expected three bools, for q, k and v")
+    allowed = {
+        f"{layer}.{block}.{own}" if layer else f"{block}.{own}": own
+        for layer in layers
+        for own, block in _PROJECTIONS.items()
+    }
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        target_modules = tuple(_PROJECTIONS)
+    _check_names(target_modules)
+    targets = find_targets(model, target_modules, layers_to_transform)
+    others = sorted(targets.keys() - allowed.keys())
+    if others:
+        raise ValueError(
+            f"target_modules={target_modules!r} reaches {others[0]!r}, which is none of a decoder "
+            f"layer's {', '.join(_PROJECTIONS)}; use lora.patch for other modules"
+        )
+
+    def build(name: str, module: nn.Module, options: dict[str, Any]) -> LoRALayer:
+        own = allowed[name]
+        if own in ("o_proj", "down_proj"):
+            return Linear.from_module(module, **options)
+        splits: list[int]
+        enabled: tuple[bool, ...]
+        if own == "gate_up_proj":
+            splits, enabled = [int(module.out_features) // 2] * 2, (True, True)
+        else:
+            attention = model.get_submodule(name.rpartition(".")[0])
+            splits = _qkv_splits(getattr(attention, "config", None) or model.config)
+            enabled = tuple(enable_qkv)
+        return MergedLinear.from_module(module, enable_lora=enabled, out_splits=splits, **options)
+
+    replace(
+        model,
+        targets,
+        build,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        bias=bias,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        merge_weights=merge_weights,
+        lora_dtype=lora_dtype,
+    )
+    return model
+
+
+def _qkv_splits(config: Any) -> list[int]:
+    """Rows of q, k and v: heads · head_dim, then twice the key-value heads · head_dim."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+
+
+def _decoder_layers(model: nn.Module) -> list[str]:
+    """Names of the modules with Phi-3's four projections in self_attn and mlp."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if all(
+            isinstance(getattr(getattr(module, block, None), own, None), nn.Module)
+            for own, block in _PROJECTIONS.items()
+        )
+    ]
+    if layers:
+        return layers
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
+    looks = sorted(name for name in names if name and not name.isdigit())
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    raise ValueError(
+        f"{type(model).__name__} is no Phi-3: expected decoder layers with self_attn.qkv_proj, "
+        f"self_attn.o_proj, mlp.gate_up_proj and mlp.down_proj; it looks like "
+        f"{model_type or 'a model without a config'} with the layers {', '.join(looks[:12])}; use "
+        "lora.patch(model, target_modules, ...)"
+    )
+
+
+def _check_names(target_modules: str | Collection[str]) -> None:
+    """Refuse the names of unfused projections, which match nothing on Phi-3."""
+    names = () if isinstance(target_modules, str) else target_modules
+    fused = {name: _FUSED[own] for name in names if (own := name.rpartition(".")[2]) in _FUSED}
+    if not fused:
+        return
+    advice = ", ".join(f"{name!r} is part of {holder!r}" for name, holder in fused.items())
+    named = [name for name in names if name not in fused]
+    named += [holder for holder in dict.fromkeys(fused.values()) if holder not in named]
+    raise ValueError(
+        f"target_modules match no module: Phi-3's projections are fused: {advice}; pass "
+        f"target_modules={named} (and enable_qkv to choose among q, k and v)"
+    )

@@ -1,0 +1,112 @@
+"""A table of what was adapted, and what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from ._base import LoRALayer, lora_layers
+from .merged_linear import MergedLinear
+from .state import lora_state_dict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layer: how many there are, and the LoRA parameters of all of them together."""
+
+    type: str
+    count: int
+    shape: tuple[int, ...]
+    parts: str
+    r: int
+    scaling: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` returns; `str()` of it is the table."""
+
+    rows: tuple[Row, ...]
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    merged_layers: int
+
+    @property
+    def trainable_percentage(self) -> float:
+        return 100 * self.trainable_parameters / max(self.total_parameters, 1)
+
+    def __str__(self) -> str:
+        head = ("layer", "count", "weight", "parts", "r per part", "scaling", "LoRA parameters")
+        cells = [head] + [
+            (
+                row.type,
+                str(row.count),
+                " x ".join(map(str, row.shape)),
+                row.parts,
+                str(row.r),
+                f"{row.scaling:g}",
+                f"{row.parameters:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        layers = sum(row.count for row in self.rows)
+        return "\n".join(
+            [
+                *lines,
+                f"trainable parameters: {self.trainable_parameters:,} of "
+                f"{self.total_parameters:,} ({self.trainable_percentage:.4f} %)",
+                f"adapter: {self.adapter_bytes:,} bytes; optimizer (two moments a trainable "
+                f"parameter, as Adam): {self.optimizer_bytes:,} bytes",
+                f"merged: {self.merged_layers} of {layers} layers",
+            ]
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """Print and return a table of the LoRA layers of `model` and of its parameters.
+
+    Layers with r > 0, grouped by type, shape of the weight, parts (rows of each; in
+    brackets without an update), rank per part and scaling;
+    trainable and total parameters (shared ones once); bytes of `lora_state_dict(model)`; bytes of
+    two optimizer moments for every trainable parameter; how many layers are merged now.
+    """
+    layers = [layer for _, layer in lora_layers(model) if layer.r > 0]
+    kinds = Counter(map(_kind, layers))
+    sizes = {
+        kind: sum(p.numel() for layer in group for p in (layer.lora_A, layer.lora_B))
+        for kind, group in groupby(sorted(layers, key=lambda x: str(_kind(x))), _kind)
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    table = Summary(
+        rows=tuple(
+            Row(kind[0], count, *kind[1:], parameters=sizes[kind]) for kind, count in kinds.items()
+        ),
+        trainable_parameters=sum(p.numel() for p in trainable),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        adapter_bytes=sum(map(_bytes, lora_state_dict(model).values())),
+        optimizer_bytes=2 * sum(map(_bytes, trainable)),
+        merged_layers=sum(layer.merged for layer in layers),
+    )
+    print(table)
+    return table
+
+
+def _kind(layer: LoRALayer) -> tuple[str, tuple[int, ...], str, int, float]:
+    parts = "1"
+    if isinstance(layer, MergedLinear):
+        sizes = zip(layer.out_splits, layer.enable_lora, strict=True)
+        parts = " ".join(f"{size}" if enabled else f"({size})" for size, enabled in sizes)
+    return type(layer).__name__, tuple(layer.weight.shape), parts, layer.r, layer.scaling
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
