@@ -81,7 +81,7 @@ class LoRALayer(_Module):
         self.lora_alpha = lora_alpha
         if r > 0:
             self.scaling = lora_alpha / r
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         self.merge_weights = merge_weights
         self.merged = False
         self.disabled = False

@@ -168,7 +168,7 @@ def find_targets(
         if not target_modules:
             raise ValueError(f"target_modules={target_modules!r}: expected one name or more")
         chosen = {t: {name for name in modules if _is_suffix(t, name)} for t in target_modules}
-    _check_all_match(chosen, modules)
+    _check_all_match(chosen, modules, isinstance(target_modules, str))
     names = set().union(*chosen.values())
     if layers_to_transform is not None:
         names = _in_layers(names, layers_to_transform)
@@ -197,10 +197,17 @@ def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterato
             yield name
 
 
-def _check_all_match(chosen: Mapping[str, set[str]], modules: Mapping[str, nn.Module]) -> None:
+def _check_all_match(
+    chosen: Mapping[str, set[str]], modules: Mapping[str, nn.Module], is_pattern: bool
+) -> None:
     missing = [target for target, names in chosen.items() if not names]
     if not missing:
         return
+    if is_pattern:
+        raise ValueError(
+            f"target_modules={missing[0]!r} matches no module: a string is one regular expression "
+            f"for the whole name; to match by the end of the name pass a list, [{missing[0]!r}]"
+        )
     known = sorted({name.rpartition(".")[2] for name in modules})
     hints = []
     for target in missing:

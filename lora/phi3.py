@@ -103,7 +103,7 @@ def patch_phi3(
         splits: list[int]
         enabled: tuple[bool, ...]
         if own == "gate_up_proj":
-            splits, enabled = [int(module.out_features) // 2] * 2, (True, True)
+            splits, enabled = [module.get_parameter("weight").shape[0] // 2] * 2, (True, True)
         else:
             attention = model.get_submodule(name.rpartition(".")[0])
             splits = _qkv_splits(getattr(attention, "config", None) or model.config)
