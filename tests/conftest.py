@@ -1,0 +1,127 @@
+"""The repository root leaves sys.path: its folder kernels/ must never answer to that name."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+import os  # noqa: E402
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_phi3():
+    """A factory of small Phi-3 models: 4 heads, 2 key-value heads, 2 layers, in eval mode."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    def make(**changes: object) -> torch.nn.Module:
+        options = {
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(0)
+        return Phi3ForCausalLM(Phi3Config(**{**options, **changes})).eval()
+
+    return make
+
+
+@pytest.fixture
+def fill_factors():
+    """Give every factor of a model random values, so that the update is not zero."""
+
+    def fill(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=std)
+        return model
+
+    return fill
+
+
+def _layer_cases() -> dict[str, tuple]:
+    """name: (constructor, its plain torch layer, an input) for one of every kind of layer."""
+    import lora
+
+    nn, randn = torch.nn, torch.randn
+    parts = {"enable_lora": [True, False, True]}
+    return {
+        "linear": (
+            lambda **k: lora.Linear(12, 18, 3, 6, **k),
+            lambda: nn.Linear(12, 18),
+            randn(5, 12),
+        ),
+        "linear_transposed": (
+            lambda **k: lora.Linear(12, 18, 3, 6, 0.0, True, **k),
+            None,
+            randn(2, 5, 12),
+        ),
+        "merged_linear": (
+            lambda **k: lora.MergedLinear(12, 18, 3, 6, **parts, **k),
+            lambda: nn.Linear(12, 18),
+            randn(5, 12),
+        ),
+        "merged_linear_unequal": (
+            lambda **k: lora.MergedLinear(12, 18, 3, 6, **parts, out_splits=[10, 4, 4], **k),
+            lambda: nn.Linear(12, 18),
+            randn(5, 12),
+        ),
+        "embedding": (
+            lambda **k: lora.Embedding(11, 6, 3, 6, padding_idx=0, **k),
+            lambda: nn.Embedding(11, 6, padding_idx=0),
+            torch.tensor([[1, 5, 0], [10, 1, 2]]),
+        ),
+        "conv1d": (
+            lambda **k: lora.Conv1d(4, 6, 3, 2, 6, padding=1, **k),
+            lambda: nn.Conv1d(4, 6, 3, padding=1),
+            randn(2, 4, 9),
+        ),
+        "conv2d": (
+            lambda **k: lora.Conv2d(4, 6, 3, 2, 6, groups=2, **k),
+            lambda: nn.Conv2d(4, 6, 3, groups=2),
+            randn(2, 4, 7, 7),
+        ),
+        "conv2d_oblong": (
+            lambda **k: lora.Conv2d(4, 6, (3, 1), 2, 6, padding_mode="circular", padding=1, **k),
+            lambda: nn.Conv2d(4, 6, (3, 1), padding_mode="circular", padding=1),
+            randn(2, 4, 7, 7),
+        ),
+        "conv3d": (
+            lambda **k: lora.Conv3d(4, 6, 2, 2, 6, stride=2, **k),
+            lambda: nn.Conv3d(4, 6, 2, stride=2),
+            randn(2, 4, 5, 5, 5),
+        ),
+    }
+
+
+@pytest.fixture(params=list(_layer_cases()))
+def layer_case(request):
+    """(name, constructor taking keywords, constructor of the plain layer or None, input)."""
+    torch.manual_seed(0)
+    return request.param, *_layer_cases()[request.param]

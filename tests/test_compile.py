@@ -1,0 +1,114 @@
+"""torch.compile: whole graphs, one dynamic graph a mode, the same results as eager."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import lora
+
+# What torch itself warns about while it imports its compiler or traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class EveryLayer(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.embedding = lora.Embedding(20, 8, 2)
+        self.conv1d = lora.Conv1d(8, 8, 3, 2, 2, p, padding=1)
+        self.linear = lora.Linear(8, 8, 2, 4, p)
+        self.merged = lora.MergedLinear(8, 12, 2, 4, p, [True, False, True], out_splits=[6, 4, 2])
+        self.conv2d = lora.Conv2d(1, 2, 3, 2, 2, p, padding=1)
+        self.conv3d = lora.Conv3d(1, 2, 1, 2, 2, p)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.conv1d(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        h = self.merged(torch.tanh(self.linear(h)))
+        h = self.conv2d(h.unsqueeze(1)).sum(1)
+        return self.conv3d(h[:, None, None]).sum(1)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_every_layer_compiles_whole_with_one_dynamic_graph_a_mode(p, fill_factors):
+    torch._dynamo.reset()
+    model = fill_factors(EveryLayer(p))
+    lora.mark_only_lora_as_trainable(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    batches = [torch.randint(0, 20, (n, 5)) for n in (2, 3, 7, 11)]
+    for train, most in ((True, 2), (False, 4)):
+        model.train(train)
+        for ids in batches:
+            y = compiled(ids)
+            if p == 0 or not train:
+                torch.testing.assert_close(y, model(ids), rtol=1e-4, atol=1e-5)
+            y.square().sum().backward()
+        assert counter.frame_count <= most  # a static graph first, then one for all sizes
+
+
+def test_eval_without_gradients_never_uses_a_stale_merge(fill_factors):
+    torch._dynamo.reset()
+    model = fill_factors(EveryLayer(0.1)).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids = torch.randint(0, 20, (2, 5))
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
+            fill_factors(model)
+
+
+def test_inductor_gives_eagers_values_and_gradients(fill_factors):
+    torch._dynamo.reset()
+    model = fill_factors(nn.Sequential(lora.Linear(8, 12, 2, 4, 0.3), nn.Tanh()))
+    lora.mark_only_lora_as_trainable(model)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(6, 8)
+    results = []
+    for f in (model, compiled):
+        torch.manual_seed(7)
+        y = f(x)
+        y.square().sum().backward()
+        results.append(
+            [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
+        model.zero_grad()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False])
+def test_checkpointing_inside_a_compiled_step_keeps_the_mask(use_reentrant, fill_factors):
+    torch._dynamo.reset()
+    layer = fill_factors(lora.Linear(8, 8, 2, 4, 0.4))
+    lora.mark_only_lora_as_trainable(layer)
+    x = torch.randn(6, 8)
+
+    def step(x):
+        return checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    compiled = torch.compile(step, backend="aot_eager")
+    torch.manual_seed(7)
+    layer(x).square().sum().backward()
+    want = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    torch.manual_seed(7)
+    compiled(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patched_phi3_compiles_without_more_breaks_than_the_plain_one(make_phi3):
+    ids = torch.randint(3, 90, (2, 9))
+    breaks = []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        model = make_phi3()
+        if patched:
+            lora.patch_phi3(model, target_modules="all-linear")
+        model.train()
+        explanation = torch._dynamo.explain(model)(ids, use_cache=False)
+        breaks.append(explanation.graph_break_count)
+    assert breaks[1] <= breaks[0]
