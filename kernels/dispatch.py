@@ -75,14 +75,13 @@ def lora_linear(
     if dropout_p > 0:
         rows, columns = x.shape[:-1].numel(), x.shape[-1]
         if seed is None:
-            bits = draw_keep_bits(rows * columns, dropout_p, x.device)
+            bits = draw_keep_bits(rows * columns, dropout_p, device=x.device)
         else:
             seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
             bits = seeded_keep_bits(seed, rows, columns, dropout_p)
         alpha *= keep_scale(dropout_p)
-    y, _ = LoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, bits, alpha, part_rows(splits, enabled)
-    )
+    parts = part_rows(splits, enabled)
+    y: Tensor = LoRALinear.apply(x, weight, bias, lora_A, lora_B, bits, alpha, parts)[0]  # type: ignore[no-untyped-call]
     return y
 
 

@@ -46,8 +46,12 @@ def keep_scale(p: float) -> float:
 @torch.library.custom_op(
     "lora::draw_keep_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def draw_keep_bits(numel: int, p: float, device: torch.device) -> Tensor:
-    """Packed mask of `numel` bits from torch's generator: uint8 (8 · ceil(numel / 64),)."""
+def draw_keep_bits(numel: int, p: float, *, device: torch.device) -> Tensor:
+    """Packed mask of `numel` bits from torch's generator: uint8 (8 · ceil(numel / 64),).
+
+    `device` is a keyword because compiled activation checkpointing looks for it there, to restore
+    that device's generator when it draws again.
+    """
     words = (numel + 63) // 64
     level, planes = drop_level(p), _LANE_BITS
     if level == 0:
@@ -62,7 +66,7 @@ def draw_keep_bits(numel: int, p: float, device: torch.device) -> Tensor:
 
 
 @draw_keep_bits.register_fake
-def _(numel: int, p: float, device: torch.device) -> Tensor:
+def _(numel: int, p: float, *, device: torch.device) -> Tensor:
     return torch.empty((8 * ((numel + 63) // 64),), dtype=torch.uint8, device=device)
 
 

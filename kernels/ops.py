@@ -20,7 +20,7 @@ output is the frozen layer's to the bit; in backward the small product comes fir
 masked before the big one may be added.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,19 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _parts(lora_B: Tensor, s: Tensor, rows: Rows) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """First row of the output, last row + 1, B_j, S_j of every part."""
-    factors = lora_B.split([stop - start for start, stop in rows])
-    blocks = s.split(lora_B.shape[1], dim=1)
-    for (start, stop), factor, block in zip(rows, factors, blocks, strict=True):
-        yield start, stop, factor, block
+def _columns(matrix: Tensor, rows: Rows) -> list[Tensor]:
+    """The columns of y or dY that belong to each part."""
+    return [matrix[:, start:stop] for start, stop in rows]
+
+
+def _factors(lora_B: Tensor, rows: Rows) -> Sequence[Tensor]:
+    """B_j of each part."""
+    return torch.split(lora_B, [stop - start for start, stop in rows])
+
+
+def _blocks(s: Tensor, r: int) -> Sequence[Tensor]:
+    """S_j of each part."""
+    return torch.split(s, r, dim=1)
 
 
 class LoRALinear(torch.autograd.Function):
@@ -73,9 +80,10 @@ class LoRALinear(torch.autograd.Function):
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         x2 = x.reshape(-1, x.shape[-1])
         s = torch.mm(x2 if bits is None else keep(x2, bits), lora_A.to(dtype).t())
-        y2 = y.view(-1, y.shape[-1])
-        for start, stop, factor, s_j in _parts(lora_B.to(dtype), s, rows):
-            y2[:, start:stop].addmm_(s_j, factor.t(), alpha=alpha)
+        y2, factors = y.view(-1, y.shape[-1]), _factors(lora_B.to(dtype), rows)
+        blocks = _blocks(s, lora_B.shape[1])
+        for y_j, s_j, factor in zip(_columns(y2, rows), blocks, factors, strict=True):
+            y_j.addmm_(s_j, factor.t(), alpha=alpha)
         return y, s
 
     @staticmethod
@@ -102,18 +110,14 @@ class LoRALinear(torch.autograd.Function):
         alpha, rows = ctx.alpha, ctx.rows
         if grad_y is not None:
             dtype, dy = grad_y.dtype, grad_y.reshape(-1, grad_y.shape[-1])
+            parts = _columns(dy, rows)
             if needs_x or needs_A:
-                factors = lora_B.to(dtype).split([stop - start for start, stop in rows])
-                ds = _cat([dy[:, a:b] @ f for (a, b), f in zip(rows, factors, strict=True)], dim=1)
+                factors = _factors(lora_B.to(dtype), rows)
+                ds = _cat([dy_j @ factor for dy_j, factor in zip(parts, factors, strict=True)], 1)
             if needs_B:
-                blocks = s.split(lora_B.shape[1], dim=1)
-                grad_B = _cat(
-                    [
-                        _mm(dy[:, a:b].t(), s_j, alpha)
-                        for (a, b), s_j in zip(rows, blocks, strict=True)
-                    ],
-                    dim=0,
-                ).to(lora_B.dtype)
+                blocks = _blocks(s, lora_B.shape[1])
+                grads = [_mm(dy_j.t(), s_j, alpha) for dy_j, s_j in zip(parts, blocks, strict=True)]
+                grad_B = _cat(grads, 0).to(lora_B.dtype)
             if needs_weight:
                 grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
             if needs_bias:

@@ -127,10 +127,16 @@ class LoRALayer(_Module):
                 " else from its weight"
             )
         weight = layer._parameters.get("weight")
-        if weight is None or not weight.is_floating_point():
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise TypeError(
-                f"lora.{cls.__name__}.from_module: expected a floating-point Parameter named "
-                f"weight, got {None if weight is None else weight.dtype}"
+                f"lora.{cls.__name__}.from_module: the weight is a {type(weight).__name__} of "
+                f"{getattr(weight, 'dtype', None)} (quantised, sharded or parametrised?), expected "
+                "a plain floating-point nn.Parameter"
+            )
+        if "forward" in layer.__dict__:
+            raise TypeError(
+                f"lora.{cls.__name__}.from_module: forward was replaced on this very object "
+                f"({layer.__dict__['forward']}); wrap the layer before that, or restore it"
             )
         new = cls.__new__(cls)
         new.__dict__.update(layer.__dict__)

@@ -316,12 +316,6 @@ def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
             "accelerate manages its weight (offload or dispatch hooks); load the model without a "
             "device_map, or on one device, and patch it there"
         )
-    weight = module._parameters.get("weight")
-    if weight is not None and type(weight) is not nn.Parameter:
-        raise TypeError(
-            f"its weight is a {type(weight).__name__} (quantised or sharded?), expected "
-            "a plain nn.Parameter"
-        )
 
 
 def _offloads(hook: object) -> bool:

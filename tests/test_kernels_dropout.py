@@ -26,12 +26,12 @@ def unpack(bits: torch.Tensor, numel: int) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.25, 0.5, 0.9, 1 / 3])
 def test_drawn_mask_drops_at_rate_p(p):
     numel = 1 << 20
-    dropped = 1 - unpack(draw_keep_bits(numel, p, CPU), numel).double().mean().item()
+    dropped = 1 - unpack(draw_keep_bits(numel, p, device=CPU), numel).double().mean().item()
     assert abs(dropped - p) < 6 * math.sqrt(p * (1 - p) / numel)
 
 
 def test_drawn_bits_do_not_depend_on_their_neighbours():
-    kept = unpack(draw_keep_bits(1 << 20, 0.3, CPU), 1 << 20).double() - 0.7
+    kept = unpack(draw_keep_bits(1 << 20, 0.3, device=CPU), 1 << 20).double() - 0.7
     for lag in (1, 2, 7, 8, 63, 64):
         correlation = (kept[lag:] * kept[:-lag]).mean() / 0.21
         assert abs(correlation) < 6 / 1024
@@ -39,19 +39,19 @@ def test_drawn_bits_do_not_depend_on_their_neighbours():
 
 def test_draw_follows_torch_manual_seed():
     torch.manual_seed(5)
-    first, second = draw_keep_bits(1000, 0.3, CPU), draw_keep_bits(1000, 0.3, CPU)
+    first, second = draw_keep_bits(1000, 0.3, device=CPU), draw_keep_bits(1000, 0.3, device=CPU)
     torch.manual_seed(5)
-    assert torch.equal(first, draw_keep_bits(1000, 0.3, CPU))
+    assert torch.equal(first, draw_keep_bits(1000, 0.3, device=CPU))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("numel", [0, 1, 63, 64, 65])
 def test_draw_covers_any_size(numel):
-    assert draw_keep_bits(numel, 0.5, CPU).numel() * 8 >= numel
+    assert draw_keep_bits(numel, 0.5, device=CPU).numel() * 8 >= numel
 
 
 def test_extreme_probabilities():
-    assert unpack(draw_keep_bits(100, 1e-9, CPU), 100).all()
+    assert unpack(draw_keep_bits(100, 1e-9, device=CPU), 100).all()
     assert keep_scale(1e-9) == 1
     assert drop_level(1 - 1e-12) == 65535
     assert keep_scale(0.5) == 2
@@ -86,23 +86,24 @@ def test_keep_multiplies_by_the_mask(dtype, rows, columns, transposed):
         if transposed
         else torch.randn(rows, columns).to(dtype)
     )
-    bits = draw_keep_bits(x.numel(), 0.4, CPU)
+    bits = draw_keep_bits(x.numel(), 0.4, device=CPU)
     mask = unpack(bits, x.numel()).view(x.shape)
     assert torch.equal(keep(x, bits), torch.where(mask, x, torch.zeros_like(x)))
 
 
 def test_keep_zeroes_infinities_and_nans():
     x = torch.tensor([math.inf, math.nan] * 32)
-    bits = draw_keep_bits(64, 0.5, CPU)
+    bits = draw_keep_bits(64, 0.5, device=CPU)
     assert (keep(x, bits)[~unpack(bits, 64)] == 0).all()
 
 
 def test_custom_ops_are_well_registered():
     x = torch.randn(3, 21, requires_grad=True)
-    bits = draw_keep_bits(63, 0.5, CPU)
+    bits = draw_keep_bits(63, 0.5, device=CPU)
     torch.library.opcheck(keep, (x, bits))
     torch.library.opcheck(
         draw_keep_bits,
-        (63, 0.5, CPU),
+        (63, 0.5),
+        {"device": CPU},
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -1,0 +1,179 @@
+"""What is installed, what importing it costs, who imports whom, and the name `kernels`."""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, **options):
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def python(script, **options):
+    return run(sys.executable, "-c", script, **options)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    # As git would give it: the tracked folders alone, without leftovers of an earlier build.
+    source.mkdir()
+    for name in ("lora", "kernels", "pyproject.toml", "README.md", "LICENSE"):
+        run("cp", "-r", ROOT / name, source / name)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder)
+    run(*build, source)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_lora_kernels_and_no_top_level_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
+    expected = {f"lora/{p.name}" for p in (ROOT / "lora").glob("*.py")} | {"lora/py.typed"}
+    expected |= {f"lora/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert inside == expected
+
+
+def test_the_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    script = (
+        "import importlib.util, torch, lora, lora.kernels\n"
+        "assert lora.__file__.startswith(SITE) and lora.kernels.__file__.startswith(SITE)\n"
+        "found = importlib.util.find_spec('kernels')\n"
+        "assert found is None or not found.origin.startswith(SITE)\n"
+        "print(lora.Linear(4, 3, 2)(torch.zeros(1, 4)).shape[1])"
+    )
+    script = f"import sys; SITE = {str(tmp_path)!r}; sys.path.insert(0, SITE)\n{script}"
+    assert python(script, cwd=tmp_path).strip() == "3"
+
+
+def test_mypy_strict_on_the_package_as_installed_and_on_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-version", "3.10")
+    mypy += ("--cache-dir", tmp_path / "cache")
+    run(*mypy, "-p", "lora", cwd=tmp_path / "site")  # with lora.kernels
+    run(*mypy, "lora", cwd=ROOT)
+
+
+def test_ruff():
+    run(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=ROOT)
+    run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".", cwd=ROOT)
+
+
+def test_import_brings_no_triton_transformers_or_peft():
+    script = (
+        "import sys, torch; before = set(sys.modules); import lora\n"
+        "print([sorted(sys.modules), sorted(set(sys.modules) - before)])"
+    )
+    loaded, new = ast.literal_eval(python(script))
+    assert not {"triton", "transformers", "peft", "safetensors", "accelerate"} & set(loaded)
+    assert {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) == {"lora"}
+
+
+LAYERS = {  # who may import whom inside lora/: only what stands in an earlier row
+    "_version": 0,
+    "_base": 0,
+    "linear": 1,
+    "embedding": 1,
+    "conv": 1,
+    "merged_linear": 2,
+    "state": 2,
+    "modes": 2,
+    "summary": 3,
+    "patch": 3,
+    "phi3": 4,
+    "__init__": 5,
+}
+
+
+def imports(path):
+    """(level, module) of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=lambda p: p.stem)
+def test_arrows_in_lora_run_one_way(path):
+    for level, module in imports(path):
+        top = module.partition(".")[0]
+        if level == 0:
+            assert top not in {"triton", "transformers", "peft", "lora", "kernels"}
+        elif top != "kernels":
+            assert LAYERS[top] < LAYERS[path.stem], f"{path.stem} imports {top}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_torch_and_their_own_alone(path):
+    allowed = {*sys.stdlib_module_names, "torch"}
+    for level, module in imports(path):
+        if level == 0:
+            assert module.partition(".")[0] in allowed
+        else:
+            assert level == 1
+        if path.stem.startswith("triton_"):
+            assert not module.startswith("triton_")
+
+
+FAKE_KERNELS = '''
+"""Stands for the distribution of this name that transformers imports from, unguarded."""
+
+class _Anything:
+    def __init__(self, *args, **kwargs): pass
+    def __call__(self, decorated=None, *args, **kwargs): return decorated
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Anything
+'''
+
+
+def test_the_name_kernels_is_never_ours():
+    from transformers.utils import is_kernels_available
+
+    spec = importlib.util.find_spec("kernels")
+    origin = spec.origin if spec else ""
+    assert not origin.startswith(str(ROOT))
+    expected = os.environ.get("EXPECTED_KERNELS")
+    if expected:
+        assert origin == expected
+        assert is_kernels_available()
+
+
+@pytest.mark.parametrize("runner", [["pytest"], ["python", "-m", "pytest"]], ids=" ".join)
+@pytest.mark.parametrize("installed", [True, False], ids=["with", "without"])
+def test_a_patched_phi3_with_and_without_a_distribution_named_kernels(runner, installed, tmp_path):
+    """Started at the root, where `python -m pytest` has the folder kernels/ first on sys.path."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    module, environment = tmp_path / "kernels" / "__init__.py", dict(os.environ)
+    if installed:
+        module.parent.mkdir()
+        module.write_text(FAKE_KERNELS)
+        info = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+        info.mkdir()
+        meta = f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+        (info / "METADATA").write_text(meta)
+        environment |= {"PYTHONPATH": str(tmp_path), "EXPECTED_KERNELS": str(module)}
+    command = [Path(sys.executable).parent / runner[0], *runner[1:], "-q", "-p", "no:cacheprovider"]
+    chosen = [
+        "tests/test_package.py::test_the_name_kernels_is_never_ours",
+        "tests/test_phi3.py::test_a_published_peft_config_passes_whole",
+        "tests/test_phi3.py::test_training_through_from_pretrained",
+    ]
+    assert "4 passed" in run(*command, *chosen, cwd=ROOT, env=environment)
