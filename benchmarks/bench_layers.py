@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import kept_bytes, paired_times, provenance, quantile, write_csv
 from torch import nn
 
 import lora
+
+from harness import kept_bytes, paired_times, provenance, quantile, write_csv
 
 # name: (in, out, parts)
 SHAPES = {
@@ -69,7 +70,7 @@ def providers(merged: bool) -> dict[str, Callable[..., nn.Module]]:
 
 def bench(name: str, parts: int, dtype: str, p: float, args: argparse.Namespace) -> list[dict]:
     """Rows of one layer: the frozen one, then every provider."""
-    in_features, out_features, _ = SHAPES[name]
+    in_features, out_features = (size // args.shrink for size in SHAPES[name][:2])
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device": args.device}
     base = nn.Linear(in_features, out_features, bias=False, **options).requires_grad_(False)
     layers = {"frozen": base}
@@ -96,6 +97,8 @@ def bench(name: str, parts: int, dtype: str, p: float, args: argparse.Namespace)
         rows.append(
             {
                 "layer": name,
+                "in": in_features,
+                "out": out_features,
                 "parts": parts,
                 "dtype": dtype,
                 "p": p,
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--shrink", type=int, default=1, help="divide all sizes, to try the script")
     parser.add_argument("--rounds", type=int, help="15, or 2 with --quick")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     args = parser.parse_args()
