@@ -63,7 +63,8 @@ def lora_linear(
     _check_shapes(x, weight, bias, lora_A, lora_B, splits, enabled)
 
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    castable = x.is_floating_point() and x.dtype != torch.float64
+    if castable and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != weight.dtype:
         raise TypeError(

@@ -16,8 +16,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Nothing is copied or written. Biases that were trained stay trained.
 
+    >>> model, x = Linear(4, 4, r=2), torch.randn(1, 4)
     >>> with disabled(model):
-    ...     reference = model(x)
+    ...     torch.equal(model(x), torch.nn.functional.linear(x, model.weight, model.bias))
+    True
     """
     before = [(layer, layer.disabled) for _, layer in lora_layers(model)]
     try:
@@ -36,8 +38,10 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     It costs a second copy of every adapted weight, freed at the end, when mode and `merge_weights`
     are as they were. A forward that trains still takes the unmerged path (see `LoRALayer`).
 
+    >>> model = Linear(4, 4, r=2, merge_weights=False)
     >>> with merged(model), torch.inference_mode():
-    ...     model.generate(**inputs)
+    ...     model(torch.randn(1, 4)).shape, model.merged
+    (torch.Size([1, 4]), True)
     """
     before = [
         (layer, layer.merge_weights, layer.training, layer.lora_dropout.training)

@@ -69,8 +69,8 @@ def patch_phi3(
         ValueError, TypeError: a model that is no Phi-3, targets that match nothing, and what
             `lora.patch` refuses. The model is then as it was.
 
-    >>> model = AutoModelForCausalLM.from_pretrained("microsoft/Phi-3-mini-4k-instruct")
-    >>> lora.patch_phi3(model, r=16, lora_alpha=32, target_modules="all-linear")
+    >>> model = transformers.AutoModelForCausalLM.from_pretrained(path)  # doctest: +SKIP
+    >>> patch_phi3(model, r=16, lora_alpha=32, target_modules="all-linear")  # doctest: +SKIP
     """
     check_patchable(model)
     layers = _decoder_layers(model)
@@ -145,14 +145,16 @@ def _decoder_layers(model: nn.Module) -> list[str]:
     ]
     if layers:
         return layers
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
-    looks = sorted(name for name in names if name and not name.isdigit())
+    linear = dict.fromkeys(
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    )
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     raise ValueError(
         f"{type(model).__name__} is no Phi-3: expected decoder layers with self_attn.qkv_proj, "
         f"self_attn.o_proj, mlp.gate_up_proj and mlp.down_proj; it looks like "
-        f"{model_type or 'a model without a config'} with the layers {', '.join(looks[:12])}; use "
-        "lora.patch(model, target_modules, ...)"
+        f"{model_type or 'a model without a config'} with the linear layers "
+        f"{', '.join(map(repr, list(linear)[:12])) or 'none'}; "
+        "use lora.patch(model, target_modules, ...)"
     )
 
 

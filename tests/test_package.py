@@ -1,6 +1,7 @@
 """What is installed, what importing it costs, who imports whom, and the name `kernels`."""
 
 import ast
+import doctest
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +84,14 @@ def test_import_brings_no_triton_transformers_or_peft():
     loaded, new = ast.literal_eval(python(script))
     assert not {"triton", "transformers", "peft", "safetensors", "accelerate"} & set(loaded)
     assert {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) == {"lora"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=lambda p: p.stem)
+def test_docstring_examples(path):
+    name = "lora" if path.stem == "__init__" else f"lora.{path.stem}"
+    module = importlib.import_module(name)
+    names = {"torch": torch, "lora": lora, "Linear": lora.Linear}
+    assert doctest.testmod(module, extraglobs=names).failed == 0
 
 
 LAYERS = {  # who may import whom inside lora/: only what stands in an earlier row

@@ -42,6 +42,26 @@ def test_a_model_without_lora_layers_is_warned_about():
         lora.mark_only_lora_as_trainable(nn.Linear(3, 3))
 
 
+def test_a_layer_of_the_users_own_on_the_mixin():
+    """As loralib's users write them: the mixin last, its __init__ called by name."""
+
+    class Scaled(nn.Linear, lora.LoRALayer):
+        def __init__(self, size, r):
+            nn.Linear.__init__(self, size, size)
+            lora.LoRALayer.__init__(self, r, lora_alpha=2, lora_dropout=0.1, merge_weights=False)
+            self.lora_scale = nn.Parameter(torch.ones(size))
+            self.merged = False
+
+        def forward(self, x):
+            return nn.functional.linear(self.lora_dropout(x), self.weight) * self.lora_scale
+
+    model = nn.Sequential(Scaled(4, 2))
+    lora.mark_only_lora_as_trainable(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_scale"]
+    assert list(lora.lora_state_dict(model)) == ["0.lora_scale"]
+    assert model.eval()(torch.zeros(1, 4)).shape == (1, 4)
+
+
 def test_a_shared_layer_is_saved_under_both_names():
     layer = lora.Linear(4, 4, 2)
     model = nn.ModuleDict({"a": layer, "b": layer})
