@@ -101,12 +101,15 @@ class LoRALayer(_Module):
 
     # Construction
 
-    def _add_factors(
-        self, shape_A: tuple[int, ...], shape_B: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> None:
+    def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of lora_A and lora_B."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _factor_shapes()")
+
+    def _add_factors(self, dtype: torch.dtype | None = None) -> None:
         """Register lora_A and lora_B (zeros, on weight's device) and freeze weight."""
         if self.r == 0:
             return
+        shape_A, shape_B = self._factor_shapes()
         self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A, dtype=dtype))
         self.lora_B = nn.Parameter(self.weight.new_zeros(shape_B, dtype=dtype))
         self.weight.requires_grad = False

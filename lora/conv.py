@@ -51,7 +51,7 @@ class _Conv(LoRALayer, _Base):
     ) -> None:
         self._plain.__init__(self, in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self._add_factors(*self._factor_shapes())
+        self._add_factors()
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
 
     @classmethod
@@ -68,7 +68,7 @@ class _Conv(LoRALayer, _Base):
         """Wrap a pretrained convolution, keeping its very Parameters (see `Linear.from_module`)."""
         new = cls._adopt(layer, (cls._plain,))
         LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights)
-        new._add_factors(*new._factor_shapes(), dtype=lora_dtype)
+        new._add_factors(lora_dtype)
         if r > 0:
             new._reset_factors()
         return new

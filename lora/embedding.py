@@ -43,7 +43,7 @@ class Embedding(LoRALayer, nn.Embedding):
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         self._check_options()
-        self._add_factors((r, num_embeddings), (embedding_dim, r))
+        self._add_factors()
         if kwargs.get("_weight") is None:
             self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
         elif r > 0:
@@ -63,7 +63,7 @@ class Embedding(LoRALayer, nn.Embedding):
         new = cls._adopt(layer, (nn.Embedding,))
         LoRALayer.__init__(new, r, lora_alpha, 0.0, merge_weights)
         new._check_options()
-        new._add_factors((r, new.num_embeddings), (new.embedding_dim, r), dtype=lora_dtype)
+        new._add_factors(lora_dtype)
         if r > 0:
             new._reset_factors()
         return new
@@ -79,6 +79,9 @@ class Embedding(LoRALayer, nn.Embedding):
                 f"Embedding: max_norm={self.max_norm} with r={self.r}: it rescales the table in "
                 "place in forward, and the frozen weight is never written to; pass max_norm=None"
             )
+
+    def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.r, self.num_embeddings), (self.embedding_dim, self.r)
 
     def _reset_factors(self) -> None:
         nn.init.zeros_(self.lora_A)

@@ -58,7 +58,7 @@ class Linear(LoRALayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self._add_factors(*self._factor_shapes())
+        self._add_factors()
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
         if fan_in_fan_out:
             self.weight.data = self.weight.data.t().contiguous()
@@ -89,7 +89,7 @@ class Linear(LoRALayer, nn.Linear):
             new.in_features, new.out_features = layer.weight.shape  # type: ignore[misc]
             new.fan_in_fan_out = True
         new._set_parts(**options)
-        new._add_factors(*new._factor_shapes(), dtype=lora_dtype)
+        new._add_factors(lora_dtype)
         if r > 0:
             new._reset_factors()
         return new
