@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .dropout import draw_keep_bits, keep_scale, seeded_keep_bits
 from .ops import LoRALinear
@@ -62,6 +63,8 @@ def lora_linear(
         raise ValueError(f"dropout_p={dropout_p!r}: expected a probability in [0, 1)")
     _check_shapes(x, weight, bias, lora_A, lora_B, splits, enabled)
 
+    if lora_A.shape[0] == 0:  # rank 0, or no enabled part
+        return F.linear(x, weight, bias)
     device = x.device.type
     castable = x.is_floating_point() and x.dtype != torch.float64
     if castable and torch.is_autocast_enabled(device):

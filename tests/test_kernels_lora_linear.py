@@ -116,6 +116,29 @@ def test_zero_B_gives_the_frozen_output_to_the_bit(dtype, bias, shape):
     assert torch.equal(y, torch.nn.functional.linear(x, w, b))
 
 
+def test_rank_zero_and_no_enabled_part_are_the_frozen_layer():
+    x, w, b, _, _ = problem((4, 6), 9, 1)
+    expected = torch.nn.functional.linear(x, w, b)
+    kw = {"splits": (4, 5), "dropout_p": 0.5}
+    empty = torch.zeros(0, 6, dtype=x.dtype)
+    assert torch.equal(lora_linear(x, w, b, empty, x.new_zeros(9, 0), 1.0, **kw), expected)
+    y = lora_linear(x, w, b, empty, x.new_zeros(0, 3), 1.0, enabled=(False, False), **kw)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("r", [1, 5, 64, 256])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_any_rank_and_any_number_of_rows(r, rows):
+    tensors = problem((rows, 17), 19, r)
+    y, expected = lora_linear(*tensors, 0.5), reference(*tensors, 0.5)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    for got, want in zip(
+        gradients(y, tensors, grad), gradients(expected, tensors, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def test_strided_and_expanded_inputs_and_gradients():
     _, w, b, A, B = problem((4, 6), 9, 2)
     layouts = [
