@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .dropout import draw_keep_bits, keep_scale, seeded_keep_bits
-from .ops import LoRALinear
+from . import reference
+from .dropout import draw_keep_bits, keep, keep_scale, seeded_keep_bits
+from .ops import LoRALinear, autocast_dtype
 from .reference import part_rows
 
 _IMPLEMENTATIONS = ("auto", "torch")
@@ -61,32 +63,50 @@ def lora_linear(
         raise ValueError(f"impl={impl!r}: expected one of {_IMPLEMENTATIONS}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a probability in [0, 1)")
-    _check_shapes(x, weight, bias, lora_A, lora_B, splits, enabled)
+    if not torch.jit.is_tracing():  # which would record every comparison
+        _check_shapes(x, weight, bias, lora_A, lora_B, splits, enabled)
 
     if lora_A.shape[0] == 0:  # rank 0, or no enabled part
         return F.linear(x, weight, bias)
-    device = x.device.type
-    castable = x.is_floating_point() and x.dtype != torch.float64
-    if castable and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(x.device)
+    if autocast is not None and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(autocast)
     elif x.dtype != weight.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight is {weight.dtype}: expected the same dtype; "
-            f"pass x.to({weight.dtype}) or run under torch.autocast({device!r})"
+            f"pass x.to({weight.dtype}) or run under torch.autocast({x.device.type!r})"
         )
 
     bits, alpha = None, float(scaling)
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # the Function is opaque to both
+        mask = _mask(x, dropout_p, seed) if dropout_p > 0 else None
+        tensors = (t if t is None else t.to(x.dtype) for t in (weight, bias, lora_A, lora_B))
+        return reference.lora_linear(x, *tensors, alpha, splits=splits, enabled=enabled, mask=mask)
     if dropout_p > 0:
-        rows, columns = x.shape[:-1].numel(), x.shape[-1]
-        if seed is None:
-            bits = draw_keep_bits(rows * columns, dropout_p, device=x.device)
-        else:
-            seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
-            bits = seeded_keep_bits(seed, rows, columns, dropout_p)
+        bits = _draw(x, dropout_p, seed)
         alpha *= keep_scale(dropout_p)
     parts = part_rows(splits, enabled)
     y: Tensor = LoRALinear.apply(x, weight, bias, lora_A, lora_B, bits, alpha, parts)[0]  # type: ignore[no-untyped-call]
     return y
+
+
+def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
+    """Packed mask of x, from the seed or from torch's generator."""
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    if seed is None:
+        return draw_keep_bits(rows * columns, p, device=x.device)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
+    if seed.numel() != 1:
+        raise ValueError(f"seed has shape {tuple(seed.shape)}: expected one element")
+    return seeded_keep_bits(seed, rows, columns, p)
+
+
+def _mask(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
+    """The mask as a tensor like x, with its keep-scale, by operations that can be traced."""
+    ones = torch.ones_like(x)
+    if seed is None:
+        return F.dropout(ones, p)
+    return keep(ones, _draw(x, p, seed)) * keep_scale(p)
 
 
 def _check_shapes(
@@ -108,7 +128,7 @@ def _check_shapes(
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., {in_features})")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({out_features},)")
-    if len(enabled) != len(splits) or sum(splits) != out_features:
+    if len(enabled) != len(splits) or sum(splits) != out_features or min(splits) < 0:
         raise ValueError(
             f"splits={splits} and enabled={enabled}: expected one flag a part, "
             f"and parts that sum to the {out_features} rows of weight"

@@ -21,6 +21,7 @@ masked before the big one may be added.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ from torch.nn import functional as F
 from .dropout import keep
 
 Rows = tuple[tuple[int, int], ...]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None where it is off or does not exist."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, products run in the dtype of their operands."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -43,7 +59,7 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
 
 def _columns(matrix: Tensor, rows: Rows) -> list[Tensor]:
     """The columns of y or dY that belong to each part."""
-    return [matrix[:, start:stop] for start, stop in rows]
+    return [matrix.narrow(1, start, stop - start) for start, stop in rows]
 
 
 def _factors(lora_B: Tensor, rows: Rows) -> Sequence[Tensor]:
@@ -99,39 +115,45 @@ class LoRALinear(torch.autograd.Function):
             bits,
             output[1] if needs_B else None,
         )
-        ctx.x_shape, ctx.weight_dtype = x.shape, weight.dtype
+        ctx.x_shape, ctx.weight_dtype, ctx.device = x.shape, weight.dtype, x.device
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Any, ...]:
-        x, weight, lora_A, lora_B, bits, s = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        grad_x = grad_weight = grad_bias = grad_A = grad_B = ds = None
-        alpha, rows = ctx.alpha, ctx.rows
+        with autocast_off(ctx.device):
+            return _gradients(ctx, grad_y, grad_s)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Any, ...]:
+    """Of every argument of `LoRALinear`, given those of y and S (None: zero)."""
+    x, weight, lora_A, lora_B, bits, s = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    grad_x = grad_weight = grad_bias = grad_A = grad_B = ds = None
+    alpha, rows = ctx.alpha, ctx.rows
+    if grad_y is not None:
+        dtype, dy = grad_y.dtype, grad_y.reshape(-1, grad_y.shape[-1])
+        parts = _columns(dy, rows)
+        if needs_x or needs_A:
+            factors = _factors(lora_B.to(dtype), rows)
+            ds = _cat([dy_j @ factor for dy_j, factor in zip(parts, factors, strict=True)], 1)
+        if needs_B:
+            blocks = _blocks(s, lora_B.shape[1])
+            grads = [_mm(dy_j.t(), s_j, alpha) for dy_j, s_j in zip(parts, blocks, strict=True)]
+            grad_B = _cat(grads, 0).to(lora_B.dtype)
+        if needs_weight:
+            grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+        if needs_bias:
+            grad_bias = dy.sum(0).to(ctx.bias_dtype)
+    if grad_s is not None:  # only when a gradient is differentiated again
+        ds, alpha = grad_s if ds is None else grad_s + alpha * ds, 1.0
+    if needs_A and ds is not None:
+        x2 = x.reshape(-1, x.shape[-1])
+        masked = x2 if bits is None else keep(x2, bits)
+        grad_A = _mm(ds.t(), masked, alpha).to(lora_A.dtype)
+    if needs_x and ds is not None:
+        dx = _mm(ds, lora_A.to(ds.dtype), alpha)
+        dx = dx if bits is None else keep(dx, bits)
         if grad_y is not None:
-            dtype, dy = grad_y.dtype, grad_y.reshape(-1, grad_y.shape[-1])
-            parts = _columns(dy, rows)
-            if needs_x or needs_A:
-                factors = _factors(lora_B.to(dtype), rows)
-                ds = _cat([dy_j @ factor for dy_j, factor in zip(parts, factors, strict=True)], 1)
-            if needs_B:
-                blocks = _blocks(s, lora_B.shape[1])
-                grads = [_mm(dy_j.t(), s_j, alpha) for dy_j, s_j in zip(parts, blocks, strict=True)]
-                grad_B = _cat(grads, 0).to(lora_B.dtype)
-            if needs_weight:
-                grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
-            if needs_bias:
-                grad_bias = dy.sum(0).to(ctx.bias_dtype)
-        if grad_s is not None:  # only when a gradient is differentiated again
-            ds, alpha = grad_s if ds is None else grad_s + alpha * ds, 1.0
-        if needs_A and ds is not None:
-            x2 = x.reshape(-1, x.shape[-1])
-            masked = x2 if bits is None else keep(x2, bits)
-            grad_A = _mm(ds.t(), masked, alpha).to(lora_A.dtype)
-        if needs_x and ds is not None:
-            dx = _mm(ds, lora_A.to(ds.dtype), alpha)
-            dx = dx if bits is None else keep(dx, bits)
-            if grad_y is not None:
-                dx = dx.addmm_(dy, weight.to(dtype))
-            grad_x = dx.view(ctx.x_shape)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+            dx = dx.addmm_(dy, weight.to(dtype))
+        grad_x = dx.view(ctx.x_shape)
+    return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None

@@ -36,14 +36,14 @@ def lora_linear(
 ) -> Tensor:
     """x (..., K), weight (N, K), lora_A (n·r, K), lora_B (enabled rows, r), mask like x or None."""
     splits = (weight.shape[0],) if splits is None else splits
-    rows = part_rows(splits, (True,) * len(splits) if enabled is None else enabled)
+    enabled = (True,) * len(splits) if enabled is None else enabled
     dropped = x if mask is None else x * mask / (1 - p)
-    r = lora_B.shape[1]
-    update = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
-    row_of_B = 0
-    for j, (start, stop) in enumerate(rows):
-        low_rank = F.linear(dropped, lora_A[j * r : (j + 1) * r])
-        factor = lora_B[row_of_B : row_of_B + stop - start]
-        update[..., start:stop] = F.linear(low_rank, factor) * scaling
-        row_of_B += stop - start
-    return F.linear(x, weight, bias) + update
+    factors_A = iter(lora_A.split(max(lora_B.shape[1], 1)))
+    factors_B = iter(lora_B.split([n for n, on in zip(splits, enabled, strict=True) if on]))
+    updates = [
+        F.linear(F.linear(dropped, next(factors_A)), next(factors_B)) * scaling
+        if on
+        else x.new_zeros(*x.shape[:-1], size)
+        for size, on in zip(splits, enabled, strict=True)
+    ]
+    return F.linear(x, weight, bias) + torch.cat(updates, dim=-1)

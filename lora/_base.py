@@ -8,11 +8,14 @@ same in both modes, and a weight that is tied to another module cannot be harmed
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .kernels.ops import autocast_off
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +29,7 @@ class _Merged(NamedTuple):
     """The merged weight, and what it was made from."""
 
     weight: Tensor
+    base: Tensor  # an alias of the frozen weight: while it lives, no other tensor has its address
     versions: tuple[object, ...]
     factors: tuple[Tensor, Tensor]
 
@@ -35,13 +39,15 @@ class LoRALayer(_Module):
 
     Merging (`merge_weights=True`): `eval()` makes a second tensor, weight + update, computed in at
     least fp32 and rounded once to weight's dtype, and eval forward uses it. It costs as much memory
-    as the weight. `train()`, loading, `.to()`, `deepcopy` and pickling drop it; if the weight, a
-    factor or `scaling` changed since, the next forward in eval makes it anew (changes through `.data`,
-    which PyTorch does not count, are found by value: on a CPU at once, on other devices at the next
-    `eval()` or after a forward that trained). With gradients enabled and something to train, eval
-    forward takes the unmerged path, so that training in eval mode works. So does a forward inside
-    `torch.compile`, where staleness cannot be seen, and one under `torch.func.functional_call` with
-    tensors that are no Parameters.
+    as the weight. `train()`, loading, `.to()`, `deepcopy` and pickling drop it. If the weight, a factor
+    or `scaling` changed since, the next forward in eval makes it anew. (PyTorch does not count changes
+    through `.data`: those of a factor are found by value, on a CPU at once, on other devices after a
+    forward with gradients; those of the weight need another `eval()`, which always merges anew.)
+    With gradients enabled and something to train, eval forward takes the unmerged path, so that
+    training in eval mode works. So does a forward inside `torch.compile`, where staleness cannot be
+    seen, and one under `torch.func.functional_call` with tensors that are no Parameters.
+
+    In a subclass of your own call the torch module's `__init__` before this class's.
 
     Attributes:
         r, lora_alpha, scaling: rank, alpha, and lora_alpha / r (LoRA, arXiv 2106.09685, section 4.1).
@@ -60,7 +66,7 @@ class LoRALayer(_Module):
         "merged",
         "disabled",
         "_merged",
-        "_suspect",
+        "_look_closer",
         "_plain_type",
     )
 
@@ -71,13 +77,13 @@ class LoRALayer(_Module):
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         kind = type(self).__name__
-        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        if isinstance(r, bool) or not hasattr(r, "__index__") or r < 0:
             raise ValueError(f"{kind}: r={r!r}: expected a whole number, 0 (no LoRA) or more")
         if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
             raise ValueError(f"{kind}: lora_alpha={lora_alpha!r}: expected a finite number")
         if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
             raise ValueError(f"{kind}: lora_dropout={lora_dropout!r}: expected a number in [0, 1)")
-        self.r = r
+        self.r = operator.index(r)
         self.lora_alpha = lora_alpha
         if r > 0:
             self.scaling = lora_alpha / r
@@ -86,18 +92,30 @@ class LoRALayer(_Module):
         self.merged = False
         self.disabled = False
         self._merged: _Merged | None = None
-        self._suspect = False
+        self._look_closer = False
+
+    def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The dense update without its scale, in weight's shape; the one method a layer must give."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _delta()")
 
     def delta_weight(self) -> Tensor:
         """The dense update, scaling included, in weight's shape and at least fp32; a new tensor."""
-        raise NotImplementedError(f"{type(self).__name__} does not define delta_weight()")
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with autocast_off(self.weight.device):
+            return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
 
     def merged_weight(self) -> Tensor:
         """weight + update in weight's shape and dtype, rounded once; a new tensor, detached."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if self.r == 0:
                 return self.weight.detach().clone()
             return torch.empty_like(self.weight).copy_(self.delta_weight().add_(self.weight))
+
+    @property
+    def _dropout_p(self) -> float:
+        """The probability with which dropout acts now; what replaced `lora_dropout` may have none."""
+        p: float = getattr(self.lora_dropout, "p", 0.0)
+        return p if self.lora_dropout.training else 0.0
 
     # Construction
 
@@ -126,8 +144,8 @@ class LoRALayer(_Module):
             names = " or ".join(f"{t.__module__}.{t.__name__}" for t in plain_types)
             raise TypeError(
                 f"lora.{cls.__name__}.from_module: got {type(layer).__module__}."
-                f"{type(layer).__name__}, expected exactly {names}: a subclass may compute something"
-                " else from its weight"
+                f"{type(layer).__name__}, expected exactly {names}: any other class may be quantised or"
+                " compute something else from its weight"
             )
         weight = layer._parameters.get("weight")
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -177,43 +195,43 @@ class LoRALayer(_Module):
         if self.training or not self.merge_weights or torch.compiler.is_compiling():
             return None
         sources = (self.weight, self.lora_A, self.lora_B)
-        if not all(isinstance(t, nn.Parameter) for t in sources):
-            return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
-            self._suspect = True
+            self._look_closer = True
+            if self.weight.requires_grad:
+                self._drop_merged()
             return None
         return self._merge()
 
     def _merge(self) -> Tensor | None:
-        """Make the merged weight, unless there is a fresh one; None on the meta device."""
+        """Make the merged weight, unless there is a fresh one.
+
+        None if a tensor is no plain Parameter with values and a count of its changes: on the meta
+        device, fake, born in inference mode, or put in by `torch.func.functional_call`.
+        """
         sources = (self.weight, self.lora_A, self.lora_B)
-        if any(t.is_meta for t in sources):
+        if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in sources):
             return None
-        versions = (
-            self.scaling,
-            *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources),
-        )
+        versions = (self.scaling, *((id(t), t.data_ptr(), t._version) for t in sources))
         kept = self._merged
         if kept is not None and kept.versions == versions:
-            look = self._suspect or self.weight.device.type == "cpu"
+            look = self._look_closer or self.weight.device.type == "cpu"
             if not look or all(map(torch.equal, kept.factors, sources[1:])):
-                self._suspect = False
+                self._look_closer = False
                 return kept.weight
-        factors = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
-        self._merged = _Merged(self.merged_weight(), versions, factors)
-        self.merged, self._suspect = True, False
+        with torch.inference_mode(False), torch.no_grad():
+            factors = (self.lora_A.clone(), self.lora_B.clone())
+        self._merged = _Merged(self.merged_weight(), self.weight.detach(), versions, factors)
+        self.merged, self._look_closer = True, False
         return self._merged.weight
 
     def _drop_merged(self) -> None:
         self._merged, self.merged = None, False
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode and return self; eval merges (if `merge_weights`), train drops the merge."""
+        """Set the mode and return self; eval merges anew (if `merge_weights`), train drops it."""
         super().train(mode)
-        if mode or self.r == 0 or not self.merge_weights:
-            self._drop_merged()
-        else:
-            self._suspect = True
+        self._drop_merged()
+        if not mode and self.r > 0 and self.merge_weights:
             self._merge()
         return self
 
@@ -227,7 +245,8 @@ class LoRALayer(_Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_merged": None, "merged": False}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_merged": None, "merged": False}
 
     def extra_repr(self) -> str:
         if self.r == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._base import LoRALayer
+from .kernels.ops import autocast_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,10 +87,8 @@ class _Conv(LoRALayer, _Base):
         if "lora_A" in self._parameters:
             self._reset_factors()
 
-    def delta_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return delta.view(self.weight.shape) * self.scaling
+    def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return (lora_B @ lora_A).view(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.r == 0 or self.disabled:
@@ -98,12 +97,11 @@ class _Conv(LoRALayer, _Base):
         if merged is not None:
             return self._convolve(x, merged, self.bias)
         delta = self.delta_weight().to(self.weight.dtype)
-        dropout = self.lora_dropout
-        dropped = dropout.training and dropout.p > 0
-        half = self.weight.element_size() < 4 or torch.is_autocast_enabled(x.device.type)
-        if not (dropped or half):
+        p = self._dropout_p
+        half = self.weight.element_size() < 4 or autocast_dtype(x.device) is not None
+        if p == 0 and not half:
             return self._convolve(x, self.weight + delta, self.bias)
-        x_dropped = F.dropout(x, dropout.p) if dropped else x
+        x_dropped = F.dropout(x, p) if p > 0 else x
         return self._convolve(x, self.weight, self.bias) + self._convolve(x_dropped, delta, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +117,7 @@ class _Conv(LoRALayer, _Base):
             if old is None:
                 continue
             new = state_dict.setdefault(f"{prefix}{name}", old)
-            if new is not old and not torch.equal(new, old):
+            if new is not old and not (new.is_meta or torch.equal(new, old)):
                 error_msgs: list[str] = args[-1]
                 error_msgs.append(
                     f"{prefix}conv.{name} and {prefix}{name} are both in the state dict and differ"

@@ -92,9 +92,8 @@ class Embedding(LoRALayer, nn.Embedding):
         if "lora_A" in self._parameters:
             self._reset_factors()
 
-    def delta_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).t() * self.scaling
+    def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return (lora_B @ lora_A).t()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.r == 0 or self.disabled:

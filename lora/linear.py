@@ -115,9 +115,8 @@ class Linear(LoRALayer, nn.Linear):
         if "lora_A" in self._parameters:
             self._reset_factors()
 
-    def delta_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self._matrix(self.lora_B.to(dtype) @ self.lora_A.to(dtype)) * self.scaling
+    def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return self._matrix(lora_B @ lora_A)
 
     def to_module(self, merge: bool = False) -> nn.Module:
         plain = super().to_module(merge)
@@ -132,7 +131,6 @@ class Linear(LoRALayer, nn.Linear):
         merged = self._weight_to_use()
         if merged is not None:
             return F.linear(x, self._matrix(merged), self.bias)
-        dropout = self.lora_dropout
         y: Tensor = lora_linear(
             x,
             self._matrix(self.weight),
@@ -142,6 +140,6 @@ class Linear(LoRALayer, nn.Linear):
             self.scaling,
             splits=self.out_splits,
             enabled=self.enable_lora,
-            dropout_p=dropout.p if dropout.training else 0.0,
+            dropout_p=self._dropout_p,
         )
         return y

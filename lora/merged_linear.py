@@ -51,8 +51,8 @@ class MergedLinear(Linear):
         out_splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.r, self.out_features = r, out_features  # the parts decide the factors' shapes
-        self._set_parts(enable_lora, out_splits)
+        parts = _checked_parts(out_features, r, enable_lora, out_splits)
+        self.enable_lora, self.out_splits = parts  # first: the factors' shapes depend on them
         super().__init__(
             in_features,
             out_features,
@@ -86,47 +86,59 @@ class MergedLinear(Linear):
     def _set_parts(
         self, enable_lora: Sequence[bool] = (False,), out_splits: Sequence[int] | None = None
     ) -> None:
-        out, flags = self.out_features, list(enable_lora)
-        if not flags or not all(flag in (True, False) for flag in flags):
-            raise ValueError(
-                f"MergedLinear: enable_lora={enable_lora!r}: expected one bool a part, such as "
-                "[True, False, True]"
-            )
-        if out_splits is None:
-            if out % len(flags):
-                raise ValueError(
-                    f"MergedLinear: enable_lora={enable_lora!r} has {len(flags)} parts, which do "
-                    f"not divide out_features={out}; give the sizes of unequal parts as out_splits"
-                )
-            out_splits = [out // len(flags)] * len(flags)
-        sizes = tuple(out_splits)
-        if len(sizes) != len(flags) or sum(sizes) != out or not all(size > 0 for size in sizes):
-            raise ValueError(
-                f"MergedLinear: out_splits={list(sizes)} with enable_lora={enable_lora!r}: "
-                f"expected one positive size for each of the {len(flags)} parts, {out} in the sum"
-            )
-        if self.r != 0 and not any(flags):
-            raise ValueError(
-                f"MergedLinear: r={self.r} but enable_lora={enable_lora!r} enables no part; enable "
-                "one, as in [True, False, True], or take r=0 for a plain layer"
-            )
-        self.enable_lora = [bool(flag) for flag in flags]
-        self.out_splits = sizes
+        parts = _checked_parts(self.out_features, self.r, enable_lora, out_splits)
+        self.enable_lora, self.out_splits = parts
 
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         rows = sum(stop - start for start, stop in part_rows(self.out_splits, self.enable_lora))
         return (self.r * sum(self.enable_lora), self.in_features), (rows, self.r)
 
-    def delta_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.weight.new_zeros((self.out_features, self.in_features), dtype=dtype)
+    def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        delta = lora_A.new_zeros((self.out_features, self.in_features))
         rows = part_rows(self.out_splits, self.enable_lora)
-        factors_A = torch.split(self.lora_A.to(dtype), self.r)
-        factors_B = torch.split(self.lora_B.to(dtype), [stop - start for start, stop in rows])
+        factors_A = torch.split(lora_A, self.r)
+        factors_B = torch.split(lora_B, [stop - start for start, stop in rows])
         for (start, stop), A, B in zip(rows, factors_A, factors_B, strict=True):
-            delta[start:stop] = B @ A * self.scaling
+            delta[start:stop] = B @ A
         return self._matrix(delta)
 
     def extra_repr(self) -> str:
         parts = f"enable_lora={self.enable_lora}, out_splits={list(self.out_splits)}"
         return f"{super().extra_repr()}, {parts}"
+
+
+def _checked_parts(
+    out_features: int, r: int, enable_lora: Sequence[bool], out_splits: Sequence[int] | None
+) -> tuple[list[bool], tuple[int, ...]]:
+    """The mask, and the rows of every part; ValueError if they do not fit out_features or r."""
+    if not isinstance(enable_lora, (list, tuple)) or not enable_lora:
+        raise ValueError(
+            f"MergedLinear: enable_lora={enable_lora!r}: expected a list with one bool a part, such "
+            "as [True, False, True]"
+        )
+    if not all(flag in (True, False) for flag in enable_lora):
+        raise ValueError(f"MergedLinear: enable_lora={enable_lora!r}: expected bools alone")
+    parts = len(enable_lora)
+    if out_splits is None:
+        if out_features % parts:
+            raise ValueError(
+                f"MergedLinear: enable_lora={enable_lora!r} has {parts} parts, which do not divide "
+                f"out_features={out_features}; give the sizes of unequal parts as out_splits"
+            )
+        out_splits = [out_features // parts] * parts
+    if (
+        not isinstance(out_splits, (list, tuple))
+        or not all(isinstance(size, int) and size > 0 for size in out_splits)
+        or len(out_splits) != parts
+        or sum(out_splits) != out_features
+    ):
+        raise ValueError(
+            f"MergedLinear: out_splits={out_splits!r} with enable_lora={enable_lora!r}: expected "
+            f"a list with one positive size for each of the {parts} parts, {out_features} in the sum"
+        )
+    if r != 0 and not any(enable_lora):
+        raise ValueError(
+            f"MergedLinear: r={r} but enable_lora={enable_lora!r} enables no part; enable one, as "
+            "in [True, False, True], or take r=0 for a plain layer"
+        )
+    return [bool(flag) for flag in enable_lora], tuple(out_splits)

@@ -117,7 +117,8 @@ def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
 
 
 def _check_mergeable(model: nn.Module) -> None:
-    for name, layer in lora_layers(model):
+    for path, layer in lora_layers(model):
+        name = path or type(layer).__name__
         for factor in (layer.lora_A, layer.lora_B) if layer.r > 0 else ():
             if factor.is_meta:
                 raise ValueError(f"{name} is on the meta device: there is nothing to merge yet")
@@ -133,6 +134,8 @@ def _check_mergeable(model: nn.Module) -> None:
 
 def check_patchable(model: nn.Module) -> None:
     """Refuse, by the name of the first offender, a model that is compiled or adapted already."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {model!r}")
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
@@ -151,8 +154,17 @@ def find_targets(
     model: nn.Module,
     target_modules: str | Collection[str],
     layers_to_transform: int | Collection[int] | None = None,
+    held_by: Mapping[str, str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Name and module of every target; ValueError if one of `target_modules` matches nothing."""
+    """Name and module of every target; ValueError if one of `target_modules` matches nothing.
+
+    held_by: names that a user may expect, and the module of this model that holds each, for errors.
+    """
+    if not isinstance(target_modules, (str, list, tuple, set, frozenset)) or not target_modules:
+        raise ValueError(
+            f"target_modules={target_modules!r}: expected a list of names (one or more), a regular "
+            "expression, or 'all-linear'"
+        )
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         chosen = {"all-linear": set(_linear_names(model, modules))}
@@ -165,10 +177,8 @@ def find_targets(
         pattern = _compiled(target_modules)
         chosen = {target_modules: {name for name in modules if pattern.fullmatch(name)}}
     else:
-        if not target_modules:
-            raise ValueError(f"target_modules={target_modules!r}: expected one name or more")
         chosen = {t: {name for name in modules if _is_suffix(t, name)} for t in target_modules}
-    _check_all_match(chosen, modules, isinstance(target_modules, str))
+    _check_all_match(chosen, modules, isinstance(target_modules, str), held_by or {})
     names = set().union(*chosen.values())
     if layers_to_transform is not None:
         names = _in_layers(names, layers_to_transform)
@@ -187,40 +197,58 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """All linear layers but the output head: the model's own word for it, or the name lm_head."""
+    """All linear layers but the output head.
+
+    The head is what the model says it is; if it says nothing, a module named lm_head, or score or
+    classifier at the top, as transformers names the heads of its classifiers.
+    """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     for name, module in modules.items():
         linear = isinstance(module, nn.Linear) or is_transformers_conv1d(module)
-        is_head = module is head or (head is None and name.rpartition(".")[2] == "lm_head")
+        by_name = name in ("score", "classifier") or name.rpartition(".")[2] == "lm_head"
+        is_head = module is head or (head is None and by_name)
         if linear and not is_head:
             yield name
 
 
 def _check_all_match(
-    chosen: Mapping[str, set[str]], modules: Mapping[str, nn.Module], is_pattern: bool
+    chosen: Mapping[str, set[str]],
+    modules: Mapping[str, nn.Module],
+    is_pattern: bool,
+    held_by: Mapping[str, str],
 ) -> None:
     missing = [target for target, names in chosen.items() if not names]
     if not missing:
         return
-    if is_pattern:
-        raise ValueError(
-            f"target_modules={missing[0]!r} matches no module: a string is one regular expression "
-            f"for the whole name; to match by the end of the name pass a list, [{missing[0]!r}]"
-        )
     known = sorted({name.rpartition(".")[2] for name in modules})
-    hints = []
+    named, holders = [], []
     for target in missing:
-        near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1)
-        hints.append(f"{target!r}" + (f" (nearest: {near[0]!r})" if near else ""))
-    raise ValueError(f"target_modules match no module: {', '.join(hints)}")
+        own = re.split(r"\W", target)[-1]  # the last name, also of a pattern such as .*q_proj
+        near = difflib.get_close_matches(own, known, n=1)
+        if own in held_by:
+            named.append(f"{target!r} (part of {held_by[own]!r})")
+            holders.append(held_by[own])
+        else:
+            named.append(f"{target!r}" + (f" (nearest: {near[0]!r})" if near else ""))
+    advice = ""
+    if holders:
+        valid = dict.fromkeys([*(t for t in chosen if t not in missing), *holders])
+        advice = f"; the projections are fused here: pass target_modules={list(valid)}"
+    elif is_pattern:
+        advice = (
+            "; a string is one regular expression for the whole name, to match by the end of the "
+            f"name pass a list, [{missing[0]!r}]"
+        )
+    raise ValueError(f"target_modules match no module: {', '.join(named)}{advice}")
 
 
 def _in_layers(names: set[str], layers: int | Collection[int]) -> set[str]:
     wanted = {layers} if isinstance(layers, int) else set(layers)
     of_layer: dict[int, set[str]] = {}
     for name in names:
-        number = re.search(r"(?:^|\.)(\d+)\.", name)
+        # PEFT's expression; it wants a name before `layers`, which a bare decoder does not have.
+        number = re.match(r".*?\.[^.]*\.(\d+)\.", name) or re.search(r"(?:^|\.)(\d+)\.", name)
         if number:
             of_layer.setdefault(int(number[1]), set()).add(name)
     missing = sorted(wanted - of_layer.keys())
@@ -267,7 +295,8 @@ def replace(
                     }
                     built[module] = build(name, module, options)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{name}: {error}") from error
         for name, module in targets.items():
             _set_module(model, name, built[module])
         mark_only_lora_as_trainable(model, bias)

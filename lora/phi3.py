@@ -30,7 +30,6 @@ _FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
-_TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 
 
 def patch_phi3(
@@ -62,7 +61,7 @@ def patch_phi3(
             "all-linear", all four.
         enable_qkv: which of q, k and v get an update.
         task_type, modules_to_save: of a published `peft_config`, so that it can be passed whole;
-            task_type changes nothing, modules_to_save must be None.
+            task_type must be "CAUSAL_LM" or None, modules_to_save None.
         The rest as in `lora.patch`.
 
     Raises:
@@ -76,8 +75,11 @@ def patch_phi3(
     layers = _decoder_layers(model)
     if modules_to_save:
         raise ValueError(f"modules_to_save={modules_to_save!r}: expected None")
-    if task_type is not None and task_type not in _TASK_TYPES:
-        raise ValueError(f"task_type={task_type!r}: expected one of {_TASK_TYPES} or None")
+    if task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"task_type={task_type!r}: expected 'CAUSAL_LM' or None; for another head pass None and "
+            "make the head's parameters trainable after this call"
+        )
     if len(enable_qkv) != 3:
         raise ValueError(f"enable_qkv={enable_qkv!r}: expected three bools, for q, k and v")
     allowed = {
@@ -87,8 +89,7 @@ def patch_phi3(
     }
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         target_modules = tuple(_PROJECTIONS)
-    _check_names(target_modules)
-    targets = find_targets(model, target_modules, layers_to_transform)
+    targets = find_targets(model, target_modules, layers_to_transform, _FUSED)
     others = sorted(targets.keys() - allowed.keys())
     if others:
         raise ValueError(
@@ -103,7 +104,7 @@ def patch_phi3(
         splits: list[int]
         enabled: tuple[bool, ...]
         if own == "gate_up_proj":
-            splits, enabled = [module.get_parameter("weight").shape[0] // 2] * 2, (True, True)
+            splits, enabled = [getattr(module, "out_features", 0) // 2] * 2, (True, True)
         else:
             attention = model.get_submodule(name.rpartition(".")[0])
             splits = _qkv_splits(getattr(attention, "config", None) or model.config)
@@ -155,19 +156,4 @@ def _decoder_layers(model: nn.Module) -> list[str]:
         f"{model_type or 'a model without a config'} with the linear layers "
         f"{', '.join(map(repr, list(linear)[:12])) or 'none'}; "
         "use lora.patch(model, target_modules, ...)"
-    )
-
-
-def _check_names(target_modules: str | Collection[str]) -> None:
-    """Refuse the names of unfused projections, which match nothing on Phi-3."""
-    names = () if isinstance(target_modules, str) else target_modules
-    fused = {name: _FUSED[own] for name in names if (own := name.rpartition(".")[2]) in _FUSED}
-    if not fused:
-        return
-    advice = ", ".join(f"{name!r} is part of {holder!r}" for name, holder in fused.items())
-    named = [name for name in names if name not in fused]
-    named += [holder for holder in dict.fromkeys(fused.values()) if holder not in named]
-    raise ValueError(
-        f"target_modules match no module: Phi-3's projections are fused: {advice}; pass "
-        f"target_modules={named} (and enable_qkv to choose among q, k and v)"
     )

@@ -21,14 +21,13 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     frozen. A factor that is frozen already becomes trainable. Raises ValueError for another `bias`;
     warns if the model has no LoRA layer, since then nothing but biases would train.
     """
-    names = set(_adapter_names(model, bias))
+    chosen = {id(p) for p in adapter_parameters(model, bias)}
     if not any(layer.r > 0 for _, layer in lora_layers(model)):
         warnings.warn(
             f"{type(model).__name__} has no LoRA layer with r > 0: nothing of it would train; "
             "call lora.patch first or build it from lora's layers",
             stacklevel=2,
         )
-    chosen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in chosen
 
@@ -36,11 +35,12 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The entries of `model.state_dict()` that `mark_only_lora_as_trainable` with this `bias` trains.
 
-    Load it with `model.load_state_dict(..., strict=False)` after the pretrained weights. Raises
-    ValueError for a `bias` other than "none", "all" and "lora_only".
+    Load it with `model.load_state_dict(..., strict=False)` after the pretrained weights. Of a model
+    that `torch.compile` returned, the keys are those of the model inside. Raises ValueError for a
+    `bias` other than "none", "all" and "lora_only".
     """
-    names = set(_adapter_names(model, bias))
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    chosen = {id(p) for p in adapter_parameters(model, bias)}
+    return {name: p.detach() for name, p in _state(model).items() if id(p) in chosen}
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -51,21 +51,30 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     with an update is tied to another module: then the two entries differ, and only a model with
     untied weights can hold them.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
-    for name, layer in lora_layers(model, remove_duplicate=False):
-        if layer.r == 0:
-            continue
-        prefix = f"{name}." if name else ""
-        for own in _factor_names(layer):
-            state.pop(f"{prefix}{own}", None)
-        state[f"{prefix}weight"] = layer.merged_weight()
+    state = _state(model)
+    # The entry of a weight comes beside that of its lora_A, whatever wrappers did to the names.
+    keys: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}
+    for key, tensor in state.items():
+        keys[id(tensor)].append(key)
+    for _, layer in lora_layers(model):
+        if layer.r > 0:
+            merged = layer.merged_weight()
+            for key in keys[id(layer.lora_A)]:
+                state[f"{key.removesuffix('lora_A')}weight"] = merged
+    factors = {id(p) for p in adapter_parameters(model, "none")}
     for name, other in tied_updates(model):
         warnings.warn(
             f"{name}.weight has an update and is tied to {other}: the merged entries differ, load "
             "them into a model whose weights are not tied",
             stacklevel=2,
         )
-    return state
+    return {key: tensor.detach() for key, tensor in state.items() if id(tensor) not in factors}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict()` with the Parameters themselves, of the model inside a compiled one."""
+    inner = getattr(model, "_orig_mod", model)
+    return dict(inner.state_dict(keep_vars=True))
 
 
 def tied_updates(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -75,24 +84,23 @@ def tied_updates(model: nn.Module) -> Iterator[tuple[str, str]]:
         for own, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), {})[id(module)] = own
     for name, layer in lora_layers(model):
-        others = [path for key, path in owners[id(layer.weight)].items() if key != id(layer)]
-        if layer.r > 0 and others:
-            yield name, others[0]
+        if layer.r > 0:
+            holders = owners.get(id(layer.weight), {})
+            others = [path for key, path in holders.items() if key != id(layer)]
+            if others:
+                yield name, others[0]
 
 
-def _factor_names(layer: LoRALayer) -> list[str]:
-    return [name for name in layer._parameters if name.startswith("lora_")]
-
-
-def _adapter_names(model: nn.Module, bias: str) -> Iterator[str]:
+def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
+    """The factors, and the biases that the mode chooses."""
     if bias not in _BIAS_MODES:
         raise ValueError(f"bias={bias!r}: expected one of {_BIAS_MODES}")
-    for path, module in model.named_modules(remove_duplicate=False):
+    for module in model.modules():
         adapted = isinstance(module, LoRALayer) and module.r > 0
-        for own in module._parameters:
-            if (
+        for own, parameter in module._parameters.items():
+            if parameter is not None and (
                 (adapted and own.startswith("lora_"))
                 or (adapted and bias == "lora_only" and own == "bias")
                 or (bias == "all" and "bias" in own.split("_"))
             ):
-                yield f"{path}.{own}" if path else own
+                yield parameter

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import nn
 
 from ._base import LoRALayer, lora_layers
 from .merged_linear import MergedLinear
-from .state import lora_state_dict
+from .state import adapter_parameters
 
 
 @dataclass(frozen=True)
@@ -76,23 +74,25 @@ def summary(model: nn.Module) -> Summary:
 
     Layers with r > 0, grouped by type, shape of the weight, parts (rows of each; in
     brackets without an update), rank per part and scaling;
-    trainable and total parameters (shared ones once); bytes of `lora_state_dict(model)`; bytes of
+    trainable and total parameters (shared ones once); bytes of the factors and of trained
+    biases; bytes of
     two optimizer moments for every trainable parameter; how many layers are merged now.
     """
     layers = [layer for _, layer in lora_layers(model) if layer.r > 0]
-    kinds = Counter(map(_kind, layers))
-    sizes = {
-        kind: sum(p.numel() for layer in group for p in (layer.lora_A, layer.lora_B))
-        for kind, group in groupby(sorted(layers, key=lambda x: str(_kind(x))), _kind)
-    }
+    kinds: dict[_Kind, list[int]] = {}  # to the parameters of every layer of the kind
+    for layer in layers:
+        kinds.setdefault(_kind(layer), []).append(layer.lora_A.numel() + layer.lora_B.numel())
     trainable = [p for p in model.parameters() if p.requires_grad]
+    factors = {id(p): p for p in adapter_parameters(model, "none")}
+    biases = {id(p): p for p in adapter_parameters(model, "all") if p.requires_grad}
     table = Summary(
         rows=tuple(
-            Row(kind[0], count, *kind[1:], parameters=sizes[kind]) for kind, count in kinds.items()
+            Row(kind[0], len(sizes), *kind[1:], parameters=sum(sizes))
+            for kind, sizes in kinds.items()
         ),
         trainable_parameters=sum(p.numel() for p in trainable),
         total_parameters=sum(p.numel() for p in model.parameters()),
-        adapter_bytes=sum(map(_bytes, lora_state_dict(model).values())),
+        adapter_bytes=sum(map(_bytes, (factors | biases).values())),
         optimizer_bytes=2 * sum(map(_bytes, trainable)),
         merged_layers=sum(layer.merged for layer in layers),
     )
@@ -100,7 +100,10 @@ def summary(model: nn.Module) -> Summary:
     return table
 
 
-def _kind(layer: LoRALayer) -> tuple[str, tuple[int, ...], str, int, float]:
+_Kind = tuple[str, tuple[int, ...], str, int, float]
+
+
+def _kind(layer: LoRALayer) -> _Kind:
     parts = "1"
     if isinstance(layer, MergedLinear):
         sizes = zip(layer.out_splits, layer.enable_lora, strict=True)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora
 
@@ -83,6 +84,8 @@ def test_state_dict_is_the_same_in_both_modes(layer_case, fill_factors):
 CHANGES = {
     "copy_": lambda layer: layer.lora_B.copy_(torch.randn_like(layer.lora_B)),
     "copy_to_A": lambda layer: layer.lora_A.copy_(torch.randn_like(layer.lora_A)),
+    "weight_new_data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+    "weight_then_eval": lambda layer: (layer.weight.data.mul_(2.0), layer.eval()),
     "data": lambda layer: layer.lora_B.data.mul_(2.0),
     "new_data": lambda layer: setattr(layer.lora_B, "data", layer.lora_B.data * 2),
     "new_parameter": lambda layer: setattr(
@@ -351,6 +354,7 @@ def test_to_module_folds_the_update(layer_case, fill_factors):
         ({"r": -1}, "r=-1: expected a whole number"),
         ({"r": 2.5}, "r=2.5: expected a whole number"),
         ({"r": True}, "r=True"),
+        ({"r": "4"}, "r='4'"),
         ({"r": 2, "lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
         ({"r": 2, "lora_alpha": "16"}, "lora_alpha='16'"),
         ({"r": 2, "lora_dropout": 1.0}, r"lora_dropout=1.0: expected a number in \[0, 1\)"),
@@ -441,3 +445,117 @@ def test_double_backward(layer_case, fill_factors):
 
     assert torch.autograd.gradcheck(f, start)
     assert torch.autograd.gradgradcheck(f, start)
+
+
+def test_merging_is_not_subject_to_autocast(layer_case, fill_factors):
+    _, make, _, x = layer_case
+    layer = fill_factors(make())
+    expected = layer.merged_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.delta_weight().dtype == torch.float32
+        assert torch.equal(layer.merged_weight(), expected)
+        with torch.no_grad():
+            layer.eval()(x)
+    close(no_grad_output(layer, x), no_grad_output(layer.train(), x))
+
+
+def test_training_the_weight_in_eval_mode_with_a_fused_optimizer(fill_factors):
+    layer, x = fill_factors(lora.Linear(6, 4, 2)), torch.randn(3, 6)
+    layer.weight.requires_grad_()
+    optimizer = torch.optim.SGD([layer.weight], lr=0.5, fused=True)
+    no_grad_output(layer.eval(), x)
+    layer(x).sum().backward()
+    optimizer.step()
+    close(no_grad_output(layer, x), no_grad_output(copy.deepcopy(layer).train(), x))
+
+
+def test_a_weight_whose_memory_is_reused_is_merged_anew(fill_factors):
+    x = torch.randn(3, 6)
+    for _ in range(20):
+        layer = fill_factors(lora.Linear(6, 4, 2)).eval()
+        for _ in range(2):
+            no_grad_output(layer, x)
+            layer.weight.data = layer.weight.data * 2
+        close(no_grad_output(layer, x), no_grad_output(copy.deepcopy(layer).train(), x))
+
+
+def test_a_merge_made_in_inference_mode_serves_autograd(layer_case):
+    _, make, _, x = layer_case
+    layer = make().requires_grad_(False)
+    with torch.inference_mode():
+        layer.eval()(x)
+    if x.is_floating_point():
+        layer(x.clone().requires_grad_()).sum().backward()
+
+
+def test_backward_under_autocast_of_an_fp32_forward(layer_case, fill_factors):
+    _, make, _, x = layer_case
+    layer = fill_factors(make(merge_weights=False))
+    layer(x).sum().backward()
+    expected = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = layer(x)
+        y.sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own parts
+def test_forward_on_meta_and_with_fake_tensors(layer_case):
+    _, make, _, x = layer_case
+    for mode in (True, False):
+        with torch.device("meta"):
+            y = make().train(mode)(x.to("meta"))
+        assert y.is_meta
+        with FakeTensorMode():
+            fake = torch.empty(x.shape, dtype=x.dtype)
+            assert make().train(mode)(fake).shape == y.shape
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_layer_can_be_copied(layer_case):
+    _, make, _, x = layer_case
+    layer = make()
+    layer.compile(backend="eager")
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mode", [True, False])
+def test_jit_trace(fill_factors, p, mode):
+    layer = fill_factors(lora.MergedLinear(6, 4, 2, 2, p, [True, False])).train(mode)
+    x = torch.randn(3, 6)
+    traced = torch.jit.trace(layer, torch.randn(2, 6), check_trace=False)
+    if p == 0 or not mode:
+        close(traced(x), layer(x))
+    else:
+        assert not torch.equal(traced(x), traced(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_forward_mode_and_batched_gradients(layer_case, fill_factors):
+    _, make, _, x = layer_case
+    layer = fill_factors(make()).double()
+    if not x.is_floating_point():
+        return
+    x = x.double().requires_grad_()
+    tangent = torch.randn_like(x)
+    _, got = torch.func.jvp(layer, (x.detach(),), (tangent,))
+    close(got, layer(x + tangent) - layer(x))  # the layer is affine
+    if isinstance(layer, lora.Linear):
+        y = layer(x)
+        grads = torch.randn(3, *y.shape, dtype=y.dtype)
+        batched = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+        singly = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+        close(batched, torch.stack(singly))
+
+
+def test_dropout_may_be_replaced():
+    layer = lora.Linear(4, 4, 2, lora_dropout=0.5)
+    layer.lora_dropout = nn.Identity()
+    x = torch.randn(3, 4)
+    assert torch.equal(layer(x), layer(x))

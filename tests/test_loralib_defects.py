@@ -198,3 +198,22 @@ def test_merged_forward_gives_gradients_to_the_factors():
     layer(torch.randn(2, 4)).sum().backward()
     assert layer.lora_A.grad is not None
     assert layer.lora_B.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "enable_lora=True: expected a list"),
+        ({"enable_lora": []}, r"enable_lora=\[\]"),
+        ({"enable_lora": [True, 2]}, "expected bools alone"),
+        ({"enable_lora": [True] * 4}, "4 parts, which do not divide out_features=6"),
+        ({"enable_lora": [True], "out_splits": 6}, "out_splits=6"),
+        ({"enable_lora": [True, True], "out_splits": [3.0, 3.0]}, r"out_splits=\[3\.0"),
+        ({"enable_lora": [True, True], "out_splits": [4, 4]}, "6 in the sum"),
+        ({"enable_lora": [True, True], "out_splits": [7, -1]}, "positive size"),
+        ({"enable_lora": [True, True], "out_splits": [6]}, "each of the 2 parts"),
+    ],
+)
+def test_masks_and_parts_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora.MergedLinear(4, 6, 2, **options)

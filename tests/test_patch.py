@@ -215,9 +215,10 @@ REFUSED = {
     "nothing": (lambda: nn.Sequential(nn.Linear(4, 4)), ["1"], r"'1'"),
     "nearest": (llama, ["q_prj"], r"'q_prj' \(nearest: 'q_proj'\)"),
     "one of two": (llama, ["q_proj", "zz"], "'zz'"),
+    "no names": (llama, None, "target_modules=None"),
     "pattern": (llama, "q_proj", r"one regular expression.*\['q_proj'\]"),
     "broken pattern": (llama, "(", "no regular expression"),
-    "empty": (llama, [], "expected one name or more"),
+    "empty": (llama, [], "expected a list of names"),
     "container": (llama, ["self_attn"], "LlamaAttention cannot be adapted"),
     "norm": (llama, ["norm"], "LlamaRMSNorm cannot be adapted"),
     "subclass": (lambda: nn.Sequential(Quantised(4, 4)), ["0"], "Quantised"),
@@ -320,3 +321,24 @@ def test_unpatch_of_a_transposed_layer_gives_a_plain_linear(fill_factors):
     plain = lora.unpatch(layer, merge=True)
     assert plain.weight.shape == (6, 4)
     torch.testing.assert_close(plain(x), layer(x))
+
+
+def test_the_layer_number_is_pefts():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))
+
+    model = nn.Sequential(Stage(), Stage())
+    lora.patch(model, ["q"], r=2, lora_alpha=2, layers_to_transform=[1])
+    assert list(patched_names(model)) == ["0.blocks.1.q", "1.blocks.1.q"]
+
+
+def test_all_linear_leaves_the_heads_of_classifiers():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
+    assert list(patched_names(lora.patch(model, "all-linear", r=2, lora_alpha=2))) == ["fc"]
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got 'model'"):
+        lora.patch("model", ["q"], r=2, lora_alpha=2)

@@ -295,6 +295,20 @@ def quantised(make):
     return model
 
 
+class QuantLinear(nn.Module):
+    """Stands for a quantised layer that keeps its weight under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
+
+
+def packed_elsewhere(make):
+    model = make()
+    model.model.layers[0].mlp.gate_up_proj = QuantLinear()
+    return model
+
+
 def peft_wrapped(make):
     return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["o_proj"]), make())
 
@@ -305,9 +319,20 @@ REFUSED = {
     "unfused names": (
         lambda make: make(),
         {"target_modules": ["k_proj", "q_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]},
-        r"'k_proj' is part of 'qkv_proj'.*'up_proj' is part of 'gate_up_proj'.*"
+        r"'k_proj' \(part of 'qkv_proj'\).*'up_proj' \(part of 'gate_up_proj'\).*"
         r"target_modules=\['o_proj', 'down_proj', 'qkv_proj', 'gate_up_proj'\]",
     ),
+    "unfused and unknown": (
+        lambda make: make(),
+        {"target_modules": ["q_proj", "foo"]},
+        r"'q_proj' \(part of 'qkv_proj'\), 'foo'; .*target_modules=\['qkv_proj'\]",
+    ),
+    "unfused pattern": (
+        lambda make: make(),
+        {"target_modules": ".*q_proj"},
+        r"part of 'qkv_proj'.*target_modules=\['qkv_proj'\]",
+    ),
+    "no weight": (packed_elsewhere, {}, r"mlp\.gate_up_proj: .*QuantLinear.*quantised"),
     "misspelt": (
         lambda make: make(),
         {"target_modules": ["qkv_prj", "zzz"]},

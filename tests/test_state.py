@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lora
 
@@ -163,3 +164,21 @@ def test_summary_prints_and_returns_the_table(capsys):
     model.eval()
     assert lora.summary(model).merged_layers == 2
     assert lora.summary(nn.Linear(2, 2)).rows == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wrappers_do_not_hide_what_trains():
+    inner = nn.Sequential(checkpoint_wrapper(lora.Linear(4, 4, 2)), nn.Linear(4, 2))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    lora.mark_only_lora_as_trainable(inner)
+    for model in (inner, torch.compile(inner, backend="eager")):
+        assert list(lora.lora_state_dict(model)) == ["0.lora_A", "0.lora_B"]
+        assert list(lora.merged_state_dict(model)) == list(plain.state_dict())
+
+
+def test_adapter_bytes_count_trained_biases(capsys):
+    model = nn.Sequential(lora.Linear(4, 4, 2))
+    lora.mark_only_lora_as_trainable(model)
+    assert lora.summary(model).adapter_bytes == 4 * 16
+    lora.mark_only_lora_as_trainable(model, "lora_only")
+    assert lora.summary(model).adapter_bytes == 4 * 20
