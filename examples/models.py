@@ -1,0 +1,65 @@
+"""Load a causal language model, and let it answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from chat_data import Example, InputError, render
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def device() -> torch.device:
+    """Where the model lives: on the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(factory: Any, name: str, **options: Any) -> Any:
+    """`factory.from_pretrained(name, ...)`; what goes wrong is an InputError with the name."""
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(f"cannot load {name}: {first_line}") from error
+
+
+def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Keep only the layers' inputs and compute the rest again in backward: `options` says how."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # its name in older versions of transformers
+        model.gradient_checkpointing_enable(options)
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[str]:
+    """The model's replies in the place of each chat's last, word by most likely word."""
+    was_training = model.training
+    model.eval()
+    replies = []
+    for example in examples:
+        prompt = render(example.prompt, tokenizer, reply=True)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        generated = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=48,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        replies.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return replies
+
+
+def side_by_side(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> str:
+    """Questions, the answers that were expected, and those given before and after the training."""
+    lines = []
+    for example, old, new in zip(examples, before, after, strict=True):
+        question = example.prompt[-1]["content"] if example.prompt else ""
+        rows = {"": question, "expected": example.reply, "before": old, "after": new}
+        lines += [f"  {name:>8}  {' '.join(text.split())}" for name, text in rows.items()]
+    return "\n".join(lines)

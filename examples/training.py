@@ -1,0 +1,270 @@
+"""The training loop: a plain one, spelled out, that can stop at any moment and go on to the bit.
+
+It needs nothing of LoRA but the two calls that say what is saved. Dropout draws from torch's
+generator, the order of the data is a function of seed and epoch, and a checkpoint holds the
+generator, so on a CPU with the same number of threads a resumed run ends with the same bits as one
+that was never interrupted. Not handled: several devices, packing, half-precision loss scaling.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from chat_data import IGNORED, Data, Example, InputError, collate
+from run_folder import RunLog, load_adapter, plot_losses, save_checkpoint
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_scheduler
+
+import lora
+
+log = logging.getLogger("training")
+
+
+def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The cross entropy of every labelled token given those before it, summed."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def count_labels(batch: dict[str, Tensor]) -> int:
+    """How many tokens of the batch `loss_sum` looks at."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int
+) -> dict[str, float]:
+    """Mean loss per assistant's token and its exponential. Draws nothing from any generator."""
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    by_length = sorted(examples, key=lambda example: len(example.ids))  # less padding
+    for start in range(0, len(by_length), batch_size):
+        batch = collate(by_length[start : start + batch_size], pad_id)
+        total += loss_sum(model, batch).item()
+        tokens += count_labels(batch)
+    model.train(was_training)
+    return {"loss": total / tokens, "perplexity": math.exp(total / tokens)}
+
+
+class _HeldInterrupt:
+    """While entered, Ctrl-C is noted instead of raised; a second one is raised at once."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def __enter__(self) -> _HeldInterrupt:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+
+class Trainer:
+    """Trains what requires a gradient, as `config` (the script's `training_config`) says.
+
+    `settings` names all that decides the course of the run; it goes into every checkpoint, and a
+    checkpoint with other settings is refused. `folder` receives checkpoints and curves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: dict[str, Any],
+        settings: dict[str, Any],
+        folder: Path,
+        log: RunLog,
+    ) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.settings, self.folder, self.log = settings, folder, log
+        self.accumulation = config["gradient_accumulation_steps"]
+        self.batches = math.ceil(len(data.train) / config["per_device_train_batch_size"])
+        self.steps = config["max_steps"]
+        if self.steps <= 0:
+            self.steps = math.ceil(config["num_train_epochs"] * self.batches / self.accumulation)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, config["learning_rate"], weight_decay=0.0)
+        self.scheduler = get_scheduler(
+            config["lr_scheduler_type"],
+            self.optimizer,
+            num_warmup_steps=math.ceil(config["warmup_ratio"] * self.steps),
+            num_training_steps=self.steps,
+        )
+        self.step = 0
+        self.tokens, self.seconds = 0, 0.0  # of this process, in training steps alone
+        self.running = {"loss": 0.0, "steps": 0}  # since the last log event
+        self.rng = _rng_state()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that went through training steps, padding left out, in this process."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def run(self) -> None:
+        """Train to the last step. Ctrl-C saves a checkpoint and is passed on."""
+        self.model.train()
+        _set_rng_state(self.rng)
+        bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step")
+        try:
+            with bar:
+                while self.step < self.steps:
+                    self._evaluate_if_due()
+                    with _HeldInterrupt() as interrupt:
+                        self._step(interrupt, bar)
+                    if interrupt.noted:
+                        raise KeyboardInterrupt
+                    if self.step % self.config["save_steps"] == 0 or self.step == self.steps:
+                        self.save()
+        except KeyboardInterrupt:
+            self.log.write("interrupt", step=self.step)
+            self.save()
+            log.warning("stopped after step %d: the same command with --resume goes on", self.step)
+            raise
+
+    def _step(self, interrupt: _HeldInterrupt, bar: tqdm) -> None:
+        """One step of the optimizer; if interrupted midway, everything stays as it was before.
+
+        The loss is the mean over all labelled tokens of the step, however they are spread over
+        its batches.
+        """
+        begun = time.perf_counter()
+        first = self.step * self.accumulation
+        batches = [self._batch(first + number) for number in range(self.accumulation)]
+        labels = sum(map(count_labels, batches))
+        total = 0.0
+        for number, batch in enumerate(batches):
+            if number and interrupt.noted:
+                self.optimizer.zero_grad()
+                return
+            loss = loss_sum(self.model, batch) / labels
+            loss.backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config["max_grad_norm"]).item()
+        if not math.isfinite(total + norm):
+            raise InputError(
+                f"the loss or its gradient is not finite in step {self.step + 1}: try a smaller "
+                "learning_rate; the last checkpoint is as it was"
+            )
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.rng = _rng_state()
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.seconds += time.perf_counter() - begun
+        self._report(bar, total, learning_rate, norm)
+
+    def _batch(self, index: int) -> dict[str, Tensor]:
+        """Batch number `index` of all epochs in a row; each epoch has an order of its own."""
+        epoch, place = divmod(index, self.batches)
+        generator = torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch)
+        order = torch.randperm(len(self.data.train), generator=generator).tolist()
+        size = self.config["per_device_train_batch_size"]
+        rows = order[place * size : (place + 1) * size]
+        return collate([self.data.train[row] for row in rows], self.data.pad_id)
+
+    def _report(self, bar: tqdm, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Move the progress bar and, when it is due, log the mean loss since the last time."""
+        self.running = {"loss": self.running["loss"] + loss, "steps": self.running["steps"] + 1}
+        rate = round(self.tokens_per_second)
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {rate:,} tokens/s", False)
+        bar.update()
+        if self._log_is_due():
+            self.log.write(
+                "train",
+                step=self.step,
+                epoch=round(self.step * self.accumulation / self.batches, 4),
+                loss=self.running["loss"] / self.running["steps"],
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                tokens_per_second=rate,
+            )
+            self.running = {"loss": 0.0, "steps": 0}
+
+    def _log_is_due(self) -> bool:
+        if self.config["logging_strategy"] == "epoch":
+            epochs_before = (self.step - 1) * self.accumulation // self.batches
+            ended = self.step * self.accumulation // self.batches > epochs_before
+            return ended or self.step == self.steps
+        every_steps = self.config["logging_strategy"] == "steps"
+        return every_steps and self.step % self.config["logging_steps"] == 0
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate before the next step, unless a run that this one resumes has done it."""
+        if self.config["do_eval"] and self.step % self.config["eval_steps"] == 0:
+            evaluated = (e["step"] for e in self.log.events if e["event"] == "evaluate")
+            if self.step not in evaluated:
+                self.evaluate("during")
+
+    def evaluate(self, when: str) -> float:
+        """Log loss and perplexity on the held-out examples; the loss."""
+        size = self.config["per_device_eval_batch_size"]
+        values = evaluate(self.model, self.data.held_out, size, self.data.pad_id)
+        self.log.write("evaluate", step=self.step, when=when, **values)
+        log.info(
+            "step %d: held-out loss %.4f, perplexity %.1f",
+            self.step,
+            values["loss"],
+            values["perplexity"],
+        )
+        return values["loss"]
+
+    def save(self) -> None:
+        """Write a checkpoint, and the loss curves up to here."""
+        state = {
+            "settings": self.settings,
+            "step": self.step,
+            "adapter": lora.lora_state_dict(self.model, self.settings["peft_config.bias"]),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": self.rng,
+            "running": self.running,
+            "history": self.log.events,
+        }
+        save_checkpoint(self.folder / "checkpoints", state, self.config["save_total_limit"])
+        plot_losses(self.log.events, self.folder / "loss.png")
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was made."""
+        load_adapter(self.model, state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.rng, self.running = state["step"], state["rng"], state["running"]
+        self.log.events = state["history"]
+        self.log.write("resume", step=self.step)
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
