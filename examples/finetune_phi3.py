@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import logging
 import os
@@ -96,6 +97,7 @@ peft_config: dict[str, Any] = {
     "target_modules": "all-linear",
     "modules_to_save": None,
 }
+SHOWN = 4  # held-out questions that are asked before and after
 # What differs for the stand-in: thousands of times smaller, it learns at a much higher rate, and it
 # is to be done within a minute.
 standin_config: dict[str, Any] = {
@@ -161,8 +163,8 @@ def load_adapted(setup: Setup) -> PreTrainedModel:
     return model
 
 
-def train(setup: Setup, resume: bool) -> dict[str, Any]:
-    """Fine-tune, evaluating before and after, and save the adapter."""
+def train(setup: Setup, resume: bool) -> Trainer:
+    """Fine-tune, from the pretrained model or from a checkpoint; the trainer when it is done."""
     output = Path(training_config["output_dir"])
     settings = {
         "model": Path(setup.base).name,
@@ -177,35 +179,43 @@ def train(setup: Setup, resume: bool) -> dict[str, Any]:
     model = load_adapted(setup)
     if training_config["gradient_checkpointing"]:
         checkpoint_activations(model, training_config["gradient_checkpointing_kwargs"])
-    summary = lora.summary(model)
+    lora.summary(model)
 
     events = RunLog(output / "log.jsonl")
     trainer = Trainer(model, setup.data, training_config, settings, output, events)
-    shown = setup.data.held_out[:4]
     if checkpoint is None:
         make_room(output, training_config["overwrite_output_dir"])
         events.write("start", settings=settings, threads=torch.get_num_threads())
         events.write("data", **setup.data.counts())
         trainer.evaluate("before")
-        events.write("answers", when="before", answers=answers(model, setup.tokenizer, shown))
+        replies = answers(model, setup.tokenizer, setup.data.held_out[:SHOWN])
+        events.write("answers", when="before", answers=replies)
     else:
         trainer.resume(checkpoint)
         if events.find("start")["threads"] != torch.get_num_threads():
             log.warning("another number of threads than before: the last bits may differ")
     trainer.run()
+    return trainer
 
-    after = trainer.evaluate("after")
+
+def evaluate_and_save(setup: Setup, trainer: Trainer) -> dict[str, Any]:
+    """Loss and answers after the training, beside those from before it; then save the adapter."""
+    events, output = trainer.log, trainer.folder
+    loss = trainer.evaluate("after")
     plot_losses(events.events, output / "loss.png")
-    events.write("answers", when="after", answers=answers(model, setup.tokenizer, shown))
-    replies = [events.find("answers", when=when)["answers"] for when in ("before", "after")]
-    log.info("held-out questions, before and after:\n%s", side_by_side(shown, *replies))
-    factors = lora.lora_state_dict(model, bias=peft_config["bias"])
+    shown = setup.data.held_out[:SHOWN]
+    before = events.find("answers", when="before")["answers"]
+    after = answers(trainer.model, setup.tokenizer, shown)
+    events.write("answers", when="after", answers=after)
+    log.info("held-out questions, before and after:\n%s", side_by_side(shown, before, after))
+
+    factors = lora.lora_state_dict(trainer.model, bias=peft_config["bias"])
     write_safely(output / "adapter.pt", lambda path: torch.save(factors, path))
     write_safely(output / "peft_config.json", lambda path: path.write_text(json.dumps(peft_config)))
     return {
         "eval_loss_before": events.find("evaluate", when="before")["loss"],
-        "eval_loss_after": after,
-        "trainable_parameters": summary.trainable_parameters,
+        "eval_loss_after": loss,
+        "trainable_parameters": sum(p.numel() for p in trainer.trained),
         "tokens_per_second": round(trainer.tokens_per_second, 1),
     }
 
@@ -214,6 +224,7 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     """Load the adapter into a fresh base, export the merged model, and compare their losses."""
     output = Path(training_config["output_dir"])
     size = training_config["per_device_eval_batch_size"]
+    gc.collect()  # the trained model, of which nothing is needed any more
     model = load_adapted(setup)
     load_adapter(model, torch.load(output / "adapter.pt", map_location="cpu", weights_only=True))
     reloaded = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
@@ -284,7 +295,7 @@ def main() -> int:
         transformers.utils.logging.disable_progress_bar()
         with logging_redirect_tqdm():
             setup = prepare(args)
-            report = train(setup, args.resume)
+            report = evaluate_and_save(setup, train(setup, args.resume))
             report |= check_and_export(setup, report["eval_loss_after"])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ def load(factory: Any, name: str, **options: Any) -> Any:
         return factory.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise InputError(f"cannot load {name}: {first_line}") from error
+        hint = (
+            "is the folder whole? A damaged stand-in can be deleted, it is made anew"
+            if Path(name).is_dir()
+            else "there is no such folder here either"
+        )
+        raise InputError(f"cannot load {name}: {first_line} ({hint})") from error
 
 
 def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any]) -> None:

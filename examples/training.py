@@ -65,14 +65,17 @@ def evaluate(
 
 
 class _HeldInterrupt:
-    """While entered, Ctrl-C is noted instead of raised; a second one is raised at once."""
+    """While entered, Ctrl-C is noted instead of raised; a second one ends the program at once.
+
+    That second one must not be a KeyboardInterrupt, which saves: a step may be half done.
+    """
 
     def __init__(self) -> None:
         self.noted = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.noted:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         self.noted = True
 
     def __enter__(self) -> _HeldInterrupt:
@@ -167,7 +170,7 @@ class Trainer:
         if not math.isfinite(total + norm):
             raise InputError(
                 f"the loss or its gradient is not finite in step {self.step + 1}: try a smaller "
-                "learning_rate; the last checkpoint is as it was"
+                "learning_rate; what was saved before is as it was"
             )
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()

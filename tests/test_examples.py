@@ -304,8 +304,8 @@ def test_ctrl_c_saves_and_can_be_resumed(uninterrupted, first, run, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "--resume" in err
-    (checkpoint,) = (output / "checkpoints").iterdir()
-    assert 3 <= int(checkpoint.stem.rpartition("-")[2]) < 30
+    steps = [int(p.stem.rpartition("-")[2]) for p in (output / "checkpoints").iterdir()]
+    assert 3 <= max(steps) < 30
     code, _, err = run(*arguments, "--resume")
     assert code == 0, err
     assert same_factors(output, uninterrupted.output)
@@ -366,7 +366,7 @@ def test_bad_data_is_a_clear_error_and_loses_nothing(first, run, tmp_path, conte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "./nowhere"], "cannot load ./nowhere"),
+        (["--model", "./nowhere"], "there is no such folder here either"),
         (["--set", "learning_rat=1"], "expected NAME=VALUE, with NAME one of"),
         (["--set", "save_steps=often"], "expected the type int, as of 100"),
         (["--set", "save_steps=0"], "save_steps=0: expected a whole number of 1 or more"),
