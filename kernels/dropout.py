@@ -126,7 +126,7 @@ def keep(x: Tensor, bits: Tensor) -> Tensor:
     lane = _LANE_DTYPE[x.element_size()]
     table = _lanes_of_byte(x.element_size(), x.device)
     mask = F.embedding(bits.to(torch.int32), table).view(lane).view(-1)[: x.numel()].view(x.shape)
-    return (x.contiguous().view(lane) & mask).view(x.dtype)
+    return mask.bitwise_and_(x.contiguous().view(lane)).view(x.dtype)
 
 
 @keep.register_fake

@@ -26,6 +26,7 @@ FAST = [
 # A run of a second or two: few short chats, three small batches a step.
 SMALL = [
     *FAST,
+    "--set=logging_steps=3",  # so that a mean is under way when a checkpoint is made
     "--steps=30",
     "--set=bf16=false",
     "--set=do_eval=true",
