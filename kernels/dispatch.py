@@ -63,7 +63,8 @@ def lora_linear(
         raise ValueError(f"impl={impl!r}: expected one of {_IMPLEMENTATIONS}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a probability in [0, 1)")
-    if not torch.jit.is_tracing():  # which would record every comparison
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not tracing:  # which would record every comparison
         _check_shapes(x, weight, bias, lora_A, lora_B, splits, enabled)
 
     if lora_A.shape[0] == 0:  # rank 0, or no enabled part
@@ -78,10 +79,18 @@ def lora_linear(
         )
 
     bits, alpha = None, float(scaling)
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # the Function is opaque to both
-        mask = _mask(x, dropout_p, seed) if dropout_p > 0 else None
-        tensors = (t if t is None else t.to(x.dtype) for t in (weight, bias, lora_A, lora_B))
-        return reference.lora_linear(x, *tensors, alpha, splits=splits, enabled=enabled, mask=mask)
+    if tracing or forward_ad._current_level >= 0:  # the Function is opaque to both
+        return reference.lora_linear(
+            x,
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            lora_A.to(x.dtype),
+            lora_B.to(x.dtype),
+            alpha,
+            splits=splits,
+            enabled=enabled,
+            mask=_mask(x, dropout_p, seed) if dropout_p > 0 else None,
+        )
     if dropout_p > 0:
         bits = _draw(x, dropout_p, seed)
         alpha *= keep_scale(dropout_p)
@@ -94,7 +103,8 @@ def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     """Packed mask of x, from the seed or from torch's generator."""
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     if seed is None:
-        return draw_keep_bits(rows * columns, p, device=x.device)
+        bits: Tensor = draw_keep_bits(rows * columns, p, device=x.device)
+        return bits
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     if seed.numel() != 1:
         raise ValueError(f"seed has shape {tuple(seed.shape)}: expected one element")
@@ -106,7 +116,8 @@ def _mask(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     ones = torch.ones_like(x)
     if seed is None:
         return F.dropout(ones, p)
-    return keep(ones, _draw(x, p, seed)) * keep_scale(p)
+    kept: Tensor = keep(ones, _draw(x, p, seed))
+    return kept * keep_scale(p)
 
 
 def _check_shapes(

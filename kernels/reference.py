@@ -38,8 +38,9 @@ def lora_linear(
     splits = (weight.shape[0],) if splits is None else splits
     enabled = (True,) * len(splits) if enabled is None else enabled
     dropped = x if mask is None else x * mask / (1 - p)
-    factors_A = iter(lora_A.split(max(lora_B.shape[1], 1)))
-    factors_B = iter(lora_B.split([n for n, on in zip(splits, enabled, strict=True) if on]))
+    factors_A = iter(torch.split(lora_A, max(lora_B.shape[1], 1)))
+    rows = [size for size, on in zip(splits, enabled, strict=True) if on]
+    factors_B = iter(torch.split(lora_B, rows))
     updates = [
         F.linear(F.linear(dropped, next(factors_A)), next(factors_B)) * scaling
         if on
