@@ -253,7 +253,8 @@ class LoRALayer(_Module):
             return f"{super().extra_repr()}, r=0"
         return (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
-            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout.p}, merged={self.merged}"
+            f"scaling={self.scaling:g}, lora_dropout={getattr(self.lora_dropout, 'p', 0.0)}, "
+            f"merged={self.merged}"
         )
 
 

@@ -557,5 +557,6 @@ def test_forward_mode_and_batched_gradients(layer_case, fill_factors):
 def test_dropout_may_be_replaced():
     layer = lora.Linear(4, 4, 2, lora_dropout=0.5)
     layer.lora_dropout = nn.Identity()
+    assert "lora_dropout=0.0" in repr(layer)
     x = torch.randn(3, 4)
     assert torch.equal(layer(x), layer(x))
