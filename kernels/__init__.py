@@ -1,5 +1,5 @@
 """The maths of the low-rank update on plain tensors; installed as `lora.kernels`."""
 
-from .dispatch import lora_linear
+from .dispatch import explain, lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["explain", "lora_linear"]

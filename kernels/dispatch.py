@@ -1,18 +1,25 @@
-"""The one public entry: check the arguments, settle the dtype, draw the mask, choose the code."""
+"""The one public entry: check the arguments, settle the dtype, choose the code, draw the mask."""
 
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import reference
-from .dropout import draw_keep_bits, keep, keep_scale, seeded_keep_bits
+from .dropout import draw_keep_bits, draw_seed, keep, keep_scale, seeded_keep_bits
+from .fused import fused_forward
 from .ops import LoRALinear, autocast_dtype
 from .reference import part_rows
 
-_IMPLEMENTATIONS = ("auto", "torch")
+_IMPLEMENTATIONS = ("auto", "torch", "triton")
+_VARIABLE = "LORA_KERNELS"
+_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST_RANK = 256
 
 
 def lora_linear(
@@ -27,7 +34,7 @@ def lora_linear(
     enabled: Sequence[bool] | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
-    impl: str = "auto",
+    impl: str | None = None,
 ) -> Tensor:
     """x Wᵀ + bias + scaling · (dropout(x) A_jᵀ) B_jᵀ in the rows of every enabled part j.
 
@@ -46,7 +53,8 @@ def lora_linear(
             input, resolved to 2^-16; one mask for all parts.
         seed: one int64 element on x's device that alone decides the mask; None draws the mask from
             torch's generator of the device.
-        impl: "auto" or "torch".
+        impl: "triton", the fused kernels; "torch", PyTorch; "auto", the fused kernels wherever they
+            can run (see `explain`). None is the environment variable LORA_KERNELS, or else "auto".
 
     Returns:
         (..., N) in x's dtype, or in autocast's where that is on. weight must have x's dtype unless
@@ -56,11 +64,11 @@ def lora_linear(
     Raises:
         ValueError: shapes, parts, dropout_p or impl that do not fit.
         TypeError: x and weight of different dtypes without autocast.
+        RuntimeError: impl is "triton" and it cannot run; the message says why.
     """
     splits = (weight.shape[0],) if splits is None else tuple(splits)
     enabled = (True,) * len(splits) if enabled is None else tuple(enabled)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: expected one of {_IMPLEMENTATIONS}")
+    impl = _requested(impl)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p!r}: expected a probability in [0, 1)")
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -69,34 +77,134 @@ def lora_linear(
 
     if lora_A.shape[0] == 0:  # rank 0, or no enabled part
         return F.linear(x, weight, bias)
-    autocast = autocast_dtype(x.device)
-    if autocast is not None and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(autocast)
-    elif x.dtype != weight.dtype:
-        raise TypeError(
-            f"x is {x.dtype} and weight is {weight.dtype}: expected the same dtype; "
-            f"pass x.to({weight.dtype}) or run under torch.autocast({x.device.type!r})"
+    x = _cast(x, weight)
+    path, reason = _choose(impl, x, weight, lora_A, lora_B)
+    if impl == "triton" and path != "triton":
+        raise RuntimeError(
+            f'impl="triton" (or {_VARIABLE}=triton) cannot run here: {reason}; '
+            f'"auto" takes PyTorch instead'
         )
-
-    bits, alpha = None, float(scaling)
-    if tracing or forward_ad._current_level >= 0:  # the Function is opaque to both
+    if path == "formula":
         return reference.lora_linear(
             x,
             weight.to(x.dtype),
             None if bias is None else bias.to(x.dtype),
             lora_A.to(x.dtype),
             lora_B.to(x.dtype),
-            alpha,
+            float(scaling),
             splits=splits,
             enabled=enabled,
             mask=_mask(x, dropout_p, seed) if dropout_p > 0 else None,
         )
+    parts = part_rows(splits, enabled)
+    if path == "triton":
+        drawn = _seed(x, seed) if dropout_p > 0 else None
+        edges = [edge for pair in parts for edge in pair]
+        trains = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias, lora_A, lora_B)
+        )
+        tensors = (x, weight, bias, lora_A, lora_B, drawn)
+        y: Tensor = fused_forward(*tensors, float(dropout_p), float(scaling), edges, trains)[0]
+        return y
+    bits, alpha = None, float(scaling)
     if dropout_p > 0:
         bits = _draw(x, dropout_p, seed)
         alpha *= keep_scale(dropout_p)
-    parts = part_rows(splits, enabled)
-    y: Tensor = LoRALinear.apply(x, weight, bias, lora_A, lora_B, bits, alpha, parts)[0]  # type: ignore[no-untyped-call]
+    y = LoRALinear.apply(x, weight, bias, lora_A, lora_B, bits, alpha, parts)[0]  # type: ignore[no-untyped-call]
     return y
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    impl: str | None = None,
+    **options: object,
+) -> str:
+    """Which code `lora_linear` takes for these arguments, and why, in one sentence.
+
+    Nothing is computed. "triton: ..." are the fused kernels, "torch: ..." is PyTorch. Raises
+    ValueError for an unknown impl, and nothing for one that cannot run: the sentence says so.
+    """
+    impl = _requested(impl)
+    if lora_A.shape[0] == 0:
+        return "torch: the rank is 0, so this is the frozen layer alone"
+    path, reason = _choose(impl, _cast(x, weight), weight, lora_A, lora_B)
+    return f"{'triton' if path == 'triton' else 'torch'}: {reason}"
+
+
+def _requested(impl: str | None) -> str:
+    source = "impl" if impl is not None else _VARIABLE
+    impl = os.environ.get(_VARIABLE, "auto") if impl is None else impl
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"{source}={impl!r}: expected one of {_IMPLEMENTATIONS}")
+    return impl
+
+
+def _cast(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the dtype of the products."""
+    autocast = autocast_dtype(x.device)
+    if autocast is not None and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(autocast)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: expected the same dtype; "
+            f"pass x.to({weight.dtype}) or run under torch.autocast({x.device.type!r})"
+        )
+    return x
+
+
+def _choose(
+    impl: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> tuple[str, str]:
+    """("triton" | "torch" | "formula", why): the formula is PyTorch that anything can look into."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "formula", "torch.jit is tracing, which records plain operations alone"
+    if forward_ad._current_level >= 0:
+        return "formula", "forward-mode differentiation sees through plain operations alone"
+    wrapped = [type(t).__name__ for t in (x, weight, lora_A, lora_B) if _is_wrapper(t)]
+    if "DTensor" in wrapped:
+        return "formula", "a DTensor runs as plain operations, whose sharding PyTorch knows"
+    if impl == "torch":
+        return "torch", f'impl="torch" (or {_VARIABLE}=torch) was asked for'
+    if wrapped:
+        return "torch", f"a {wrapped[0]} is not a plain tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "torch", "a torch.func transform is active"
+    if x.dtype not in _FUSED_DTYPES:
+        return "torch", f"there are no fused kernels for {x.dtype}"
+    if lora_B.shape[1] > _LARGEST_RANK:
+        return "torch", f"r = {lora_B.shape[1]} is above {_LARGEST_RANK}"
+    obstacle = _obstacle(x.device, impl == "triton")
+    if obstacle:
+        return "torch", obstacle
+    return "triton", f"{x.dtype} on {x.device.type} runs the fused kernels"
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(device: torch.device, explicit: bool) -> str:
+    """Why Triton cannot run on this device; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        if device.type == "cpu" and explicit and os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        return f"the tensors are on {device.type!r}, the fused kernels need a CUDA or ROCm GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"compute capability {major}.{minor} is below 8.0"
+    return ""
 
 
 def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
@@ -105,10 +213,18 @@ def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     if seed is None:
         bits: Tensor = draw_keep_bits(rows * columns, p, device=x.device)
         return bits
+    return seeded_keep_bits(_seed(x, seed), rows, columns, p)
+
+
+def _seed(x: Tensor, seed: Tensor | int | None) -> Tensor:
+    """One int64 element on x's device: the caller's, or one from torch's generator."""
+    if seed is None:
+        drawn: Tensor = draw_seed(device=x.device)
+        return drawn
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     if seed.numel() != 1:
         raise ValueError(f"seed has shape {tuple(seed.shape)}: expected one element")
-    return seeded_keep_bits(seed, rows, columns, p)
+    return seed
 
 
 def _mask(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:

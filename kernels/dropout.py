@@ -70,6 +70,19 @@ def _(numel: int, p: float, *, device: torch.device) -> Tensor:
     return torch.empty((8 * ((numel + 63) // 64),), dtype=torch.uint8, device=device)
 
 
+@torch.library.custom_op(
+    "lora::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def draw_seed(*, device: torch.device) -> Tensor:
+    """A seed for `seeded_keep_bits` from torch's generator: int64 (1,), on the device itself."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None)
+
+
+@draw_seed.register_fake
+def _(*, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device=device)
+
+
 _MASK32 = 0xFFFFFFFF
 
 

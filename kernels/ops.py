@@ -104,30 +104,38 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_A, lora_B, bits, ctx.alpha, ctx.rows = inputs
-        needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(
-            x if needs_A or needs_weight else None,
-            weight if needs_x else None,
-            lora_A,
-            lora_B,
-            bits,
-            output[1] if needs_B else None,
-        )
-        ctx.x_shape, ctx.weight_dtype, ctx.device = x.shape, weight.dtype, x.device
-        ctx.set_materialize_grads(False)
+        *tensors, mask, ctx.alpha, ctx.rows = inputs
+        save(ctx, tensors, mask, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Any, ...]:
         with autocast_off(ctx.device):
-            return _gradients(ctx, grad_y, grad_s)
+            return *gradients(ctx, ctx.saved_tensors, grad_y, grad_s), None, None, None
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Any, ...]:
-    """Of every argument of `LoRALinear`, given those of y and S (None: zero)."""
-    x, weight, lora_A, lora_B, bits, s = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+def save(ctx: Any, inputs: Sequence[Any], mask: Tensor | None, s: Tensor) -> None:
+    """Keep what `gradients` needs: of x, weight, bias, A and B, of the mask's bits or seed, and of S."""
+    x, weight, bias, lora_A, lora_B = inputs
+    needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+    ctx.save_for_backward(
+        x if needs_A or needs_weight else None,
+        weight if needs_x else None,
+        lora_A,
+        lora_B,
+        mask,
+        s if needs_B else None,
+    )
+    ctx.x_shape, ctx.device = x.shape, x.device
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def gradients(
+    ctx: Any, saved: tuple[Any, ...], grad_y: Tensor | None, grad_s: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias, A and B, given those of y and S (None: zero), by differentiable PyTorch."""
+    x, weight, lora_A, lora_B, bits, s = saved
+    needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:5]
     grad_x = grad_weight = grad_bias = grad_A = grad_B = ds = None
     alpha, rows = ctx.alpha, ctx.rows
     if grad_y is not None:
@@ -140,10 +148,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[
             blocks = _blocks(s, lora_B.shape[1])
             grads = [_mm(dy_j.t(), s_j, alpha) for dy_j, s_j in zip(parts, blocks, strict=True)]
             grad_B = _cat(grads, 0).to(lora_B.dtype)
-        if needs_weight:
-            grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
-        if needs_bias:
-            grad_bias = dy.sum(0).to(ctx.bias_dtype)
+        grad_weight, grad_bias = frozen_gradients(ctx, x, grad_y)
     if grad_s is not None:  # only when a gradient is differentiated again
         ds, alpha = grad_s if ds is None else grad_s + alpha * ds, 1.0
     if needs_A and ds is not None:
@@ -156,4 +161,15 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[
         if grad_y is not None:
             dx = dx.addmm_(dy, weight.to(dtype))
         grad_x = dx.view(ctx.x_shape)
-    return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_A, grad_B
+
+
+def frozen_gradients(ctx: Any, x: Tensor | None, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Of weight and bias, where they train after all."""
+    grad_weight = grad_bias = None
+    dy = grad_y.reshape(-1, grad_y.shape[-1])
+    if ctx.needs_input_grad[1] and x is not None:
+        grad_weight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = dy.sum(0).to(ctx.bias_dtype)
+    return grad_weight, grad_bias

@@ -1,0 +1,188 @@
+"""What the fused kernels share: the mask of a tile, the part of a tile, sums of partial results, sizes.
+
+Imported by the `triton_*` files alone, because it imports triton.
+
+A product whose reduction is split over programs is written as partial results in fp32, one slab a
+program, and `sum_partials` adds the slabs in their order: no atomics, so two runs are equal to the bit.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Rows = tuple[tuple[int, int], ...]
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def keep_mask(seed_ptr, rows, first_column, level, BLOCK: tl.constexpr):
+    """m of a tile, (rows, BLOCK) bool; first_column is a multiple of 8, level is p' · 2^16.
+
+    One Philox call gives the eight 16-bit lanes of eight neighbours in a row (see dropout.py); joined in
+    the order (word / 2, word % 2, half), they lie as the row does.
+    """
+    seed = tl.load(seed_ptr)
+    block = first_column // 8 + tl.arange(0, BLOCK // 8)
+    columns = block[None, :] + tl.zeros_like(rows)[:, None]
+    lines = rows[:, None] + tl.zeros_like(block)[None, :]
+    zero = tl.zeros_like(columns)
+    w0, w1, w2, w3 = tl.philox(seed, columns, lines, zero, zero, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (rows.shape[0], BLOCK)) >= level
+
+
+@triton.jit
+def find_tile(tile, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(first column, end, part or -1, row in B of the first column) of a tile, counted segment by segment."""
+    before = 0
+    first = 0
+    stop = 0
+    part = -1
+    b_row = 0
+    for j in tl.static_range(len(SEGMENTS)):
+        tiles = (SEGMENTS[j][1] - SEGMENTS[j][0] + BLOCK - 1) // BLOCK
+        if (tile >= before) & (tile < before + tiles):
+            first = SEGMENTS[j][0] + (tile - before) * BLOCK
+            stop = SEGMENTS[j][1]
+            part = SEGMENTS[j][2]
+            b_row = SEGMENTS[j][3] + (tile - before) * BLOCK
+        before += tiles
+    return first, stop, part, b_row
+
+
+@triton.jit
+def _sum_kernel(
+    slabs_ptr, out_ptr, scale, size, columns, out_stride, FIRSTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[i, j · columns + c] = scale · Σ slabs[p, i, c] over the slabs p of part j."""
+    part = tl.program_id(1)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    first = 0
+    stop = 0
+    for j in tl.static_range(len(FIRSTS) - 1):
+        if part == j:
+            first = FIRSTS[j]
+            stop = FIRSTS[j + 1]
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = slabs_ptr + (index - index + first) * size + index  # in 64 bits
+    for _ in range(first, stop):
+        total += tl.load(at, mask=inside, other=0)
+        at += size
+    to = index // columns * out_stride + part * columns + index % columns
+    tl.store(out_ptr + to, (total * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_partials(slabs: Tensor, out: Tensor, scale: float = 1.0, parts: list[int] | None = None) -> Tensor:
+    """Fill out (rows, parts · columns) with the scaled sums of slabs (all slabs, rows, columns), fp32.
+
+    parts: how many slabs each part has, in their order; None is one part.
+    """
+    counts = [slabs.shape[0]] if parts is None else parts
+    firsts = tuple(sum(counts[:j]) for j in range(len(counts) + 1))
+    size, block = slabs.shape[1] * slabs.shape[2], 256
+    with on_device(out):
+        _sum_kernel[(triton.cdiv(size, block), len(counts))](
+            slabs,
+            out,
+            float(scale),
+            size,
+            slabs.shape[2],
+            out.stride(0),
+            FIRSTS=firsts,
+            BLOCK=block,
+            **options(4, 1),
+        )
+    return out
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensor's device, whatever the current one is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """(..., K) as (M, K) with unit stride in the rows; a copy only where strides force it."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def segments(rows: Rows, columns: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
+    """(start, stop, part, first row in B) of every enabled part; with columns, the gaps too (part -1)."""
+    found, b_row, at = [], 0, 0
+    for part, (start, stop) in enumerate(rows):
+        if columns is not None and start > at:
+            found.append((at, start, -1, 0))
+        found.append((start, stop, part, b_row))
+        b_row, at = b_row + stop - start, stop
+    if columns is not None and columns > at:
+        found.append((at, columns, -1, 0))
+    return tuple(found)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products run in TF32 only if the user's setting lets PyTorch's do so."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+class Config(NamedTuple):
+    """Rows and columns of a tile (columns for two-byte elements), warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+Table = Mapping[tuple[str, int], Config]
+
+
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", ...; "interpreter" without a GPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choose(table: Table, arch: str, rank: int, itemsize: int) -> Config:
+    """The config of an architecture, or else the default, for the smallest listed rank that holds `rank`.
+
+    Every key is (architecture, padded rank). The tiles of four-byte elements are half as wide.
+    """
+    if not any(name == arch for name, _ in table):
+        arch = "default"
+    fitting = min(size for name, size in table if name == arch and size >= rank)
+    config = table[arch, fitting]
+    return config._replace(columns=max(config.columns * 2 // max(itemsize, 2), 16))
+
+
+def rank_block(rank: int) -> int:
+    """The padded rank of one tile: a power of two from 16, the least that `tl.dot` takes, to 128."""
+    return min(max(16, triton.next_power_of_2(rank)), 128)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs fill the device."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def chunk(length: int, block: int, splits: int) -> int:
+    """The least multiple of block with which `splits` chunks cover length."""
+    return block * triton.cdiv(triton.cdiv(length, block), splits)
+
+
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Launch options; fusing a·b + c is stated, because its default differs between versions."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
