@@ -79,7 +79,9 @@ def _sum_kernel(
     tl.store(out_ptr + to, (total * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_partials(slabs: Tensor, out: Tensor, scale: float = 1.0, parts: list[int] | None = None) -> Tensor:
+def sum_partials(
+    slabs: Tensor, out: Tensor, scale: float = 1.0, parts: list[int] | None = None
+) -> Tensor:
     """Fill out (rows, parts · columns) with the scaled sums of slabs (all slabs, rows, columns), fp32.
 
     parts: how many slabs each part has, in their order; None is one part.
@@ -133,7 +135,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 class Config(NamedTuple):
-    """Rows and columns of a tile (columns for two-byte elements), warps, pipeline stages."""
+    """Rows and columns of a tile, warps, pipeline stages."""
 
     rows: int
     columns: int
@@ -145,7 +147,7 @@ Table = Mapping[tuple[str, int], Config]
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", ...; "interpreter" without a GPU."""
+    """ "sm_90", "gfx942", ...; "interpreter" without a GPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -154,21 +156,19 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def choose(table: Table, arch: str, rank: int, itemsize: int) -> Config:
-    """The config of an architecture, or else the default, for the smallest listed rank that holds `rank`.
+def choose(table: Table, arch: str, rank: int, itemsize: int) -> tuple[int, Config]:
+    """(padded rank of a tile, its config) for an architecture, or else the default.
 
-    Every key is (architecture, padded rank). The tiles of four-byte elements are half as wide.
+    The keys are (architecture, largest padded rank); a rank above all of them is walked in blocks.
+    Four-byte elements have rows of their own, for every GPU: without TF32 their products run on the
+    plain units, whose operands fill the registers.
     """
-    if not any(name == arch for name, _ in table):
-        arch = "default"
-    fitting = min(size for name, size in table if name == arch and size >= rank)
-    config = table[arch, fitting]
-    return config._replace(columns=max(config.columns * 2 // max(itemsize, 2), 16))
-
-
-def rank_block(rank: int) -> int:
-    """The padded rank of one tile: a power of two from 16, the least that `tl.dot` takes, to 128."""
-    return min(max(16, triton.next_power_of_2(rank)), 128)
+    kind = "fp32" if itemsize == 4 and arch != "interpreter" else arch
+    if not any(name == kind for name, _ in table):
+        kind = "default"
+    sizes = sorted(size for name, size in table if name == kind)
+    padded = min(max(16, triton.next_power_of_2(rank)), sizes[-1])  # tl.dot takes 16 and more
+    return padded, table[kind, next(size for size in sizes if size >= padded)]
 
 
 def processors(device: torch.device) -> int:

@@ -27,16 +27,15 @@ from .tiling import (
     find_tile,
     on_device,
     options,
-    rank_block,
     segments,
 )
 
 CONFIGS: Table = {
     ("default", 128): Config(rows=64, columns=128, warps=4, stages=1),
-    ("sm_90", 64): Config(rows=128, columns=128, warps=8, stages=1),
     ("sm_90", 128): Config(rows=128, columns=128, warps=8, stages=1),
     ("sm_100", 128): Config(rows=128, columns=128, warps=8, stages=1),
-    ("interpreter", 128): Config(rows=16, columns=32, warps=4, stages=1),
+    ("fp32", 32): Config(rows=64, columns=64, warps=4, stages=1),
+    ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
 }
 FEWEST_ROWS = 16
 
@@ -94,15 +93,20 @@ def expand_kernel(
 
 
 def expand(
-    y: Tensor, slabs: Tensor, lora_B: Tensor, bias: Tensor | None, alpha: float, rows: Rows, add: bool
+    y: Tensor,
+    slabs: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    alpha: float,
+    rows: Rows,
+    add: bool,
 ) -> None:
     """Fill contiguous y (M, N) with the update and the bias, or add the update to it.
 
     slabs (any, M, n·r) and lora_B (rows of the enabled parts, r) contiguous; bias only if not `add`.
     """
     (m, n), r = y.shape, lora_B.shape[1]
-    block_r = rank_block(r)
-    config = choose(CONFIGS, architecture(y.device), block_r, y.element_size())
+    block_r, config = choose(CONFIGS, architecture(y.device), r, y.element_size())
     block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
     parts = segments(rows, None if add else n)
     tiles = sum(triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts)

@@ -27,7 +27,6 @@ from .tiling import (
     on_device,
     options,
     processors,
-    rank_block,
     segments,
     sum_partials,
 )
@@ -42,7 +41,8 @@ CONFIGS: Table = {
     ("sm_90", 128): Config(rows=64, columns=128, warps=8, stages=3),
     ("sm_100", 64): Config(rows=64, columns=256, warps=8, stages=2),
     ("sm_100", 128): Config(rows=64, columns=128, warps=8, stages=2),
-    ("interpreter", 128): Config(rows=16, columns=32, warps=4, stages=1),
+    ("fp32", 32): Config(rows=16, columns=64, warps=4, stages=2),
+    ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
 }
 
 
@@ -108,8 +108,7 @@ def factor_grads(
     dy (M, N) with unit stride in the rows; s (M, n·r), for dB, and lora_B contiguous.
     """
     (m, _), r, arch = dy.shape, lora_B.shape[1], architecture(dy.device)
-    block_r = rank_block(r)
-    config = choose(CONFIGS, arch, block_r, dy.element_size())
+    block_r, config = choose(CONFIGS, arch, r, dy.element_size())
     parts = segments(rows)
     tiles = [triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts]
     splits = max(processors(dy.device) // sum(tiles), 1)

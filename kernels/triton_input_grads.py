@@ -6,8 +6,8 @@ Bytes: x once, dX0 once, and fp32 slabs of dA. In PyTorch it is six passes: x̂ 
 written, masked, and added.
 
 A program owns a tile of columns and a chunk of rows: dA of the tile stays in registers while it walks
-down the rows. If R > 128, a program of the first block of ranks adds up dX0 over all of them, and x is
-read once a block. What is not needed is skipped: without dA, x is not read at all.
+down the rows. If R is above the largest block of ranks, a program of the first block adds up dX0 over all
+of them, and x is read once a block. What is not needed is skipped: without dA, x is not read at all.
 """
 
 import torch
@@ -26,20 +26,21 @@ from .tiling import (
     on_device,
     options,
     processors,
-    rank_block,
     sum_partials,
 )
 
 CONFIGS: Table = {
     ("default", 64): Config(rows=32, columns=64, warps=4, stages=2),
-    ("default", 128): Config(rows=32, columns=64, warps=4, stages=1),
-    ("sm_80", 128): Config(rows=64, columns=64, warps=4, stages=2),
-    ("sm_90", 64): Config(rows=64, columns=128, warps=8, stages=3),
-    ("sm_90", 128): Config(rows=64, columns=64, warps=4, stages=3),
+    ("sm_80", 64): Config(rows=64, columns=64, warps=8, stages=2),
+    ("sm_90", 16): Config(rows=64, columns=128, warps=8, stages=3),
+    ("sm_90", 64): Config(rows=64, columns=64, warps=4, stages=2),
+    ("sm_90", 128): Config(rows=64, columns=64, warps=8, stages=2),
     ("sm_100", 64): Config(rows=64, columns=128, warps=8, stages=2),
-    ("sm_100", 128): Config(rows=64, columns=64, warps=4, stages=2),
-    ("interpreter", 128): Config(rows=16, columns=16, warps=4, stages=1),
+    ("sm_100", 128): Config(rows=64, columns=64, warps=8, stages=2),
+    ("fp32", 32): Config(rows=16, columns=64, warps=4, stages=2),
+    ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
 }
+PROGRAMS = 2  # a processor: the tiles are small
 
 
 @triton.jit
@@ -79,7 +80,9 @@ def input_grads_kernel(
         wide_rows = rows.to(tl.int64)[:, None]
         inside = (rows[:, None] < M) & (columns[None, :] < K)
         of_ds = ds_ptr + wide_rows * R
-        ds = tl.load(of_ds + ranks[None, :], mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0)
+        ds = tl.load(
+            of_ds + ranks[None, :], mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0
+        )
         if DROPOUT:
             keep = keep_mask(seed_ptr, rows, first, level, BLOCK_K)
         if NEED_DA:
@@ -122,10 +125,10 @@ def input_grads(
     x (M, K) with unit stride in the rows, for dA alone; ds (M, R) and lora_A (R, K) contiguous.
     """
     (m, r), k = ds.shape, lora_A.shape[1]
-    block_r = rank_block(r)
-    config = choose(CONFIGS, architecture(ds.device), block_r, ds.element_size())
+    block_r, config = choose(CONFIGS, architecture(ds.device), r, ds.element_size())
     tiles, rank_blocks = triton.cdiv(k, config.columns), triton.cdiv(r, block_r)
-    m_chunk = chunk(m, config.rows, max(processors(ds.device) // (tiles * rank_blocks), 1))
+    splits = PROGRAMS * processors(ds.device) // (tiles * rank_blocks)
+    m_chunk = chunk(m, config.rows, max(splits, 1))
     splits = triton.cdiv(m, m_chunk)
     dx = ds.new_empty((m, k)) if need_dx else None
     slabs = ds.new_empty((splits, r, k), dtype=torch.float32) if need_da else None

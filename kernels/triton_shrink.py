@@ -25,18 +25,19 @@ from .tiling import (
     on_device,
     options,
     processors,
-    rank_block,
 )
 
 CONFIGS: Table = {
     ("default", 64): Config(rows=64, columns=64, warps=4, stages=2),
     ("default", 128): Config(rows=64, columns=32, warps=4, stages=2),
+    ("sm_80", 64): Config(rows=64, columns=64, warps=4, stages=4),
     ("sm_80", 128): Config(rows=64, columns=64, warps=4, stages=3),
     ("sm_90", 64): Config(rows=64, columns=128, warps=4, stages=4),
     ("sm_90", 128): Config(rows=64, columns=64, warps=4, stages=4),
     ("sm_100", 64): Config(rows=64, columns=128, warps=4, stages=4),
     ("sm_100", 128): Config(rows=64, columns=64, warps=4, stages=4),
-    ("interpreter", 128): Config(rows=16, columns=16, warps=4, stages=1),
+    ("fp32", 32): Config(rows=64, columns=32, warps=4, stages=2),
+    ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
 }
 FEWEST_ROWS = 16  # the least rows of a product; a tile of fewer tokens is padded to it
 MOST_SPLITS = 16  # more slabs cost the next kernel more than they save this one
@@ -87,8 +88,7 @@ def shrink(x: Tensor, lora_A: Tensor, seed: Tensor | None, level: int) -> Tensor
     Returns (1, M, R) in x's dtype, or (splits, M, R) in fp32 whose sum over the first axis is S.
     """
     (m, k), r = x.shape, lora_A.shape[0]
-    block_r = rank_block(r)
-    config = choose(CONFIGS, architecture(x.device), block_r, x.element_size())
+    block_r, config = choose(CONFIGS, architecture(x.device), r, x.element_size())
     block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
     splits = min(processors(x.device) // tiles, triton.cdiv(k, 2 * config.columns), MOST_SPLITS)

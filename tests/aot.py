@@ -1,0 +1,253 @@
+"""Compile the fused kernels ahead of time, for GPUs that are not here, and judge what comes out.
+
+    python tests/aot.py          one launch of every kernel for sm_80, sm_90, sm_100 and gfx942
+    python tests/aot.py --all    every config of every table, every flag, more targets
+
+The launchers themselves are run, on tensors without memory, with a recorder in the place of the kernel:
+so what is compiled are the real arguments, specialised as Triton does (divisible by 16, equal to 1).
+A line a kernel: registers, spilled bytes, shared memory, matrix instruction. Exit status 1 if a kernel
+spills, needs more shared memory than the target has, or misses the matrix instruction that was meant.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lora.kernels import (
+    tiling,
+    triton_expand,
+    triton_factor_grads,
+    triton_input_grads,
+    triton_shrink,
+)
+
+MODULES = {
+    "shrink_kernel": triton_shrink,
+    "expand_kernel": triton_expand,
+    "factor_grads_kernel": triton_factor_grads,
+    "input_grads_kernel": triton_input_grads,
+    "_sum_kernel": tiling,
+}
+# Shared memory of one block, in bytes: CUDA C++ Programming Guide, table of technical specifications
+# by compute capability; AMD: 64 KiB of LDS a workgroup (160 KiB from gfx950 on).
+SHARED = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx90a": 65536,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
+FEW = ("sm_80", "sm_90", "sm_100", "gfx942")
+WIDE = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}  # with 64 rows and more
+INSTRUCTIONS = (*WIDE.values(), "v_mfma", "mma.sync")
+PROCESSORS = 132
+
+
+class Recorder:
+    """Stands for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*args, **options):
+            self.launches.append((grid, args, options))
+
+        return launch
+
+
+def record(arch: str, run) -> list[tuple]:
+    """(kernel, positional arguments, keywords) of every launch that `run` makes on `arch`."""
+    recorders, before = [], []
+    for name, module in MODULES.items():
+        recorders.append(Recorder(getattr(module, name)))
+        before.append((module, name, recorders[-1].kernel))
+        setattr(module, name, recorders[-1])
+        for hook, value in (("architecture", arch), ("processors", PROCESSORS)):
+            before.append((module, hook, getattr(module, hook, None)))
+            setattr(module, hook, lambda device, value=value: value)
+    try:
+        run()
+    finally:
+        for module, name, value in reversed(before):
+            setattr(module, name, value)
+    return [(r.kernel, args, options) for r in recorders for _, args, options in r.launches]
+
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
+
+
+def source(kernel: triton.JITFunction, args: tuple, options: dict) -> tuple[ASTSource, dict]:
+    """The kernel with these arguments, specialised as at a launch, and its compile options."""
+    names, options = kernel.arg_names, dict(options)
+    values = dict(zip(names, args, strict=False)) | {
+        n: options.pop(n) for n in names if n in options
+    }
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]  # torch aligns its memory to 512 bytes
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, int) and not kernel.params[place].is_constexpr and value != 1:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[(place,)] = "constexpr", value
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def target(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def measure(compiled) -> dict[str, int | str]:
+    """Registers, spilled bytes and shared memory, from the finished binary."""
+    shared = compiled.metadata.shared
+    if "cubin" in compiled.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            command = [tool, "--dump-resource-usage", file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        usage = dict(re.findall(r"(\w+):(\d+)", done.stdout))
+        spills = int(usage["LOCAL"]) + int(usage["STACK"])
+        return {"registers": int(usage["REG"]), "spills": spills, "shared": shared}
+    usage = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
+    spills = int(usage["vgpr_spill_count"]) + int(usage["sgpr_spill_count"])
+    return {"registers": int(usage["vgpr_count"]), "spills": spills, "shared": shared}
+
+
+def meant_instruction(arch: str, dtype: torch.dtype, tile_rows: int) -> str:
+    """The matrix instruction that a product of tiles is meant to use."""
+    if arch.startswith("gfx"):
+        return "v_mfma"
+    if dtype == torch.float32:
+        return "none"  # without TF32
+    return WIDE.get(arch, "mma.sync") if tile_rows >= 64 else "mma.sync"
+
+
+def passes(
+    dtype: torch.dtype, m: int, n: int, k: int, r: int, rows: tiling.Rows, p: float, factors
+):
+    """Everything that one training step of a layer launches."""
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    R, enabled = r * len(rows), sum(stop - start for start, stop in rows)
+    A, B = meta(R, k, dtype=factors), meta(enabled, r, dtype=factors)
+    x, dy, s = meta(m, k), meta(m, n), meta(m, R)
+    seed, level = (meta(1, dtype=torch.int64), 3277) if p else (None, 0)
+
+    def run() -> None:
+        slabs = triton_shrink.shrink(x, A, seed, level)
+        if len(slabs) > 1:
+            tiling.sum_partials(slabs, meta(m, R))
+        triton_expand.expand(dy, slabs, B, None, 2.0, rows, add=m <= 64)
+        triton_factor_grads.factor_grads(dy, s, B, 2.0, rows, True, True)
+        triton_input_grads.input_grads(x, s, A, 2.0, seed, level, True, True)
+
+    return run
+
+
+QKV = ((0, 3072), (3072, 6144), (6144, 9216))
+
+
+def cases(everything: bool):
+    """(architecture, what a layer launches, label)."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if not everything:
+        for arch in FEW:
+            yield arch, passes(bf16, 8192, 9216, 3072, 16, QKV, 0.05, bf16), "qkv r=16"
+        return
+    parts, whole = (QKV, 0.05), (((0, 9216),), 0.0)
+    for arch, (dtype, ranks), m, (rows, p) in itertools.product(
+        SHARED,
+        ((bf16, (16, 32, 64, 128, 256)), (fp16, (16,)), (fp32, (16, 64))),
+        (16, 8192),
+        (parts, whole),
+    ):
+        for r in ranks:
+            label = f"{str(dtype)[6:]} r={r} x {len(rows)}, M={m}, p={p}"
+            yield arch, passes(dtype, m, 9216, 3072, r, rows, p, dtype), label
+    for arch in SHARED:
+        yield arch, passes(bf16, 16, 9216, 3072, 16, QKV, 0.05, fp32), "bf16, fp32 factors, M=16"
+        yield (
+            arch,
+            passes(bf16, 8192, 9217, 3073, 9, ((1, 9217),), 0.05, bf16),
+            "bf16, odd sizes, r=9",
+        )
+
+
+def judge(arch: str, kernel, args, options) -> tuple[dict, list[str]]:
+    """What the compiled kernel measures, and what is wrong with it."""
+    src, compile_options = source(kernel, args, options)
+    try:
+        compiled = triton.compile(src, target=target(arch), options=compile_options)
+        found = measure(compiled)
+    except triton.runtime.errors.OutOfResources as error:
+        return {}, [str(error)]
+    wrong = []
+    if found["spills"]:
+        wrong.append(f"spills {found['spills']} bytes")
+    if found["shared"] > SHARED[arch]:
+        wrong.append(f"shared memory {found['shared']} > {SHARED[arch]}")
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    found["matrix"] = next((i for i in INSTRUCTIONS if i in text), "none")
+    meant = meant_instruction(arch, args[0].dtype, options.get("BLOCK_M", 0))
+    if found["matrix"] != meant and "BLOCK_M" in options:
+        wrong.append(f"uses {found['matrix']}, not {meant}")
+    return found, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every config, flag and target")
+    parser.add_argument("--arch", help="this target alone")
+    args = parser.parse_args()
+    failures, seen = 0, set()
+    for arch, run, label in cases(args.all):
+        if args.arch not in (None, arch):
+            continue
+        for kernel, positional, options in record(arch, run):
+            src, _ = source(kernel, positional, options)
+            key = (arch, src.hash(), str(sorted(options.items(), key=str)))
+            if key in seen:
+                continue
+            seen.add(key)
+            found, wrong = judge(arch, kernel, positional, options)
+            failures += bool(wrong)
+            shown = " ".join(f"{name} {value:>6}" for name, value in found.items())
+            print(
+                f"{arch:7} {kernel.__name__:20} {label:34} {shown} {'; '.join(wrong)}", flush=True
+            )
+    print(f"{len(seen)} kernels compiled, {failures} failed")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
