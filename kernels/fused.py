@@ -57,7 +57,7 @@ def fused_forward(
     rows: Sequence[int],
     keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, S) in x's dtype. rows: first and last + 1 of every part, flat. S is (0, n·r) unless keep_s."""
+    """(y, S) in x's dtype; rows: start and end of every part, flat; S is (0, n·r) unless keep_s."""
     from .tiling import matrix, sum_partials
     from .triton_expand import expand
     from .triton_shrink import shrink

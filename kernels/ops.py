@@ -114,7 +114,7 @@ class LoRALinear(torch.autograd.Function):
 
 
 def save(ctx: Any, inputs: Sequence[Any], mask: Tensor | None, s: Tensor) -> None:
-    """Keep what `gradients` needs: of x, weight, bias, A and B, of the mask's bits or seed, and of S."""
+    """Keep what `gradients` needs of x, weight, bias, A and B, of the mask's bits or seed, and of S."""
     x, weight, bias, lora_A, lora_B = inputs
     needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
     ctx.save_for_backward(

@@ -23,8 +23,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def keep_mask(seed_ptr, rows, first_column, level, BLOCK: tl.constexpr):
     """m of a tile, (rows, BLOCK) bool; first_column is a multiple of 8, level is p' · 2^16.
 
-    One Philox call gives the eight 16-bit lanes of eight neighbours in a row (see dropout.py); joined in
-    the order (word / 2, word % 2, half), they lie as the row does.
+    One Philox call gives the 16-bit lanes of eight neighbours in a row (see dropout.py); joined in the
+    order (word / 2, word % 2, half), they lie as the row does.
     """
     seed = tl.load(seed_ptr)
     block = first_column // 8 + tl.arange(0, BLOCK // 8)
@@ -39,7 +39,7 @@ def keep_mask(seed_ptr, rows, first_column, level, BLOCK: tl.constexpr):
 
 @triton.jit
 def find_tile(tile, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(first column, end, part or -1, row in B of the first column) of a tile, counted segment by segment."""
+    """(first column, end, part or -1, row in B of the first column) of a tile, segment by segment."""
     before = 0
     first = 0
     stop = 0
@@ -116,7 +116,7 @@ def matrix(tensor: Tensor) -> Tensor:
 
 
 def segments(rows: Rows, columns: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
-    """(start, stop, part, first row in B) of every enabled part; with columns, the gaps too (part -1)."""
+    """(start, stop, part, first row in B) of every enabled part; with columns the gaps too (-1)."""
     found, b_row, at = [], 0, 0
     for part, (start, stop) in enumerate(rows):
         if columns is not None and start > at:
@@ -156,19 +156,22 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def choose(table: Table, arch: str, rank: int, itemsize: int) -> tuple[int, Config]:
+def choose(table: Table, arch: str, rank: int, like: Tensor, *strides: int) -> tuple[int, Config]:
     """(padded rank of a tile, its config) for an architecture, or else the default.
 
     The keys are (architecture, largest padded rank); a rank above all of them is walked in blocks.
     Four-byte elements have rows of their own, for every GPU: without TF32 their products run on the
-    plain units, whose operands fill the registers.
+    plain units, whose operands fill the registers. Strides that are no multiple of 16 forbid wide
+    loads, whose place many pointers take: the small tiles of the default.
     """
-    kind = "fp32" if itemsize == 4 and arch != "interpreter" else arch
-    if not any(name == kind for name, _ in table):
-        kind = "default"
-    sizes = sorted(size for name, size in table if name == kind)
+    if arch != "interpreter":
+        if like.element_size() == 4:
+            arch = "fp32"
+        elif any(stride % 16 for stride in strides) or not any(name == arch for name, _ in table):
+            arch = "default"
+    sizes = sorted(size for name, size in table if name == arch)
     padded = min(max(16, triton.next_power_of_2(rank)), sizes[-1])  # tl.dot takes 16 and more
-    return padded, table[kind, next(size for size in sizes if size >= padded)]
+    return padded, table[arch, next(size for size in sizes if size >= padded)]
 
 
 def processors(device: torch.device) -> int:

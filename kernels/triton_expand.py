@@ -12,7 +12,6 @@ S may come as fp32 slabs (see triton_shrink), which are added here and rounded t
 when it is stored. A program owns one tile of y. Not handled: y with other strides than a row-major one.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,10 +30,11 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    ("default", 128): Config(rows=64, columns=128, warps=4, stages=1),
+    ("default", 32): Config(rows=64, columns=128, warps=4, stages=1),
+    ("default", 128): Config(rows=64, columns=128, warps=8, stages=1),
     ("sm_90", 128): Config(rows=128, columns=128, warps=8, stages=1),
     ("sm_100", 128): Config(rows=128, columns=128, warps=8, stages=1),
-    ("fp32", 32): Config(rows=64, columns=64, warps=4, stages=1),
+    ("fp32", 16): Config(rows=64, columns=64, warps=4, stages=1),
     ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
 }
 FEWEST_ROWS = 16
@@ -106,7 +106,7 @@ def expand(
     slabs (any, M, n·r) and lora_B (rows of the enabled parts, r) contiguous; bias only if not `add`.
     """
     (m, n), r = y.shape, lora_B.shape[1]
-    block_r, config = choose(CONFIGS, architecture(y.device), r, y.element_size())
+    block_r, config = choose(CONFIGS, architecture(y.device), r, y, n)
     block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
     parts = segments(rows, None if add else n)
     tiles = sum(triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts)

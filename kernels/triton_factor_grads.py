@@ -32,16 +32,14 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    ("default", 32): Config(rows=32, columns=128, warps=4, stages=2),
     ("default", 128): Config(rows=32, columns=64, warps=4, stages=2),
-    ("sm_80", 32): Config(rows=64, columns=256, warps=8, stages=2),
     ("sm_80", 128): Config(rows=64, columns=128, warps=8, stages=2),
     ("sm_90", 16): Config(rows=64, columns=512, warps=8, stages=2),
     ("sm_90", 64): Config(rows=64, columns=256, warps=8, stages=3),
     ("sm_90", 128): Config(rows=64, columns=128, warps=8, stages=3),
-    ("sm_100", 64): Config(rows=64, columns=256, warps=8, stages=2),
+    ("sm_100", 64): Config(rows=64, columns=256, warps=8, stages=3),
     ("sm_100", 128): Config(rows=64, columns=128, warps=8, stages=2),
-    ("fp32", 32): Config(rows=16, columns=64, warps=4, stages=2),
+    ("fp32", 32): Config(rows=32, columns=32, warps=4, stages=2),
     ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
 }
 
@@ -108,7 +106,7 @@ def factor_grads(
     dy (M, N) with unit stride in the rows; s (M, n·r), for dB, and lora_B contiguous.
     """
     (m, _), r, arch = dy.shape, lora_B.shape[1], architecture(dy.device)
-    block_r, config = choose(CONFIGS, arch, r, dy.element_size())
+    block_r, config = choose(CONFIGS, arch, r, dy, dy.stride(0))
     parts = segments(rows)
     tiles = [triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts]
     splits = max(processors(dy.device) // sum(tiles), 1)

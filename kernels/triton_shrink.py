@@ -1,8 +1,9 @@
 """S = (m ∘ x) Aᵀ: dropout and the down projection of every part in one pass over x.
 
-x (M, K), A (R, K) with the factors of all parts stacked, S (M, R). m is made on the fly from the seed, so
-nothing of x's size is written. Bytes: x once (more often only if R > 128), A once a tile of rows (from
-the L2 cache), S. In PyTorch it is x, a mask and a dropped-out x written and x̂ read: 4 passes.
+x (M, K), A (R, K) with the factors of all parts stacked, S (M, R). m is made on the fly from the seed,
+so nothing of x's size is written. Bytes: x once (once a block of ranks if R exceeds the largest), A
+once a tile of rows (from the L2 cache), S. In PyTorch x is read, a mask and a dropped-out x are
+written, and that is read again.
 
 A program owns a tile of rows and a chunk of K. Many tokens: one chunk, S is written as it is. Few: K is
 split until the device is full, and the chunks' fp32 slabs are summed by `sum_partials`, or by the next
@@ -36,7 +37,7 @@ CONFIGS: Table = {
     ("sm_90", 128): Config(rows=64, columns=64, warps=4, stages=4),
     ("sm_100", 64): Config(rows=64, columns=128, warps=4, stages=4),
     ("sm_100", 128): Config(rows=64, columns=64, warps=4, stages=4),
-    ("fp32", 32): Config(rows=64, columns=32, warps=4, stages=2),
+    ("fp32", 32): Config(rows=32, columns=32, warps=4, stages=2),
     ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
 }
 FEWEST_ROWS = 16  # the least rows of a product; a tile of fewer tokens is padded to it
@@ -88,7 +89,7 @@ def shrink(x: Tensor, lora_A: Tensor, seed: Tensor | None, level: int) -> Tensor
     Returns (1, M, R) in x's dtype, or (splits, M, R) in fp32 whose sum over the first axis is S.
     """
     (m, k), r = x.shape, lora_A.shape[0]
-    block_r, config = choose(CONFIGS, architecture(x.device), r, x.element_size())
+    block_r, config = choose(CONFIGS, architecture(x.device), r, x, x.stride(0), k)
     block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
     splits = min(processors(x.device) // tiles, triton.cdiv(k, 2 * config.columns), MOST_SPLITS)

@@ -1,0 +1,382 @@
+"""The fused kernels against float64 and PyTorch: on a GPU, or in Triton's interpreter.
+
+Without a GPU, test_kernels_interpreter.py runs this file in a process of its own with
+TRITON_INTERPRET=1: small sizes, fp32 and fp16 (the interpreter's bf16 products are wrong).
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora
+from lora.kernels import explain, lora_linear
+from lora.kernels.dropout import keep, seeded_keep_bits
+from lora.kernels.fused import fused_backward, fused_forward
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+SEED = -(2**62) + 12345
+pytestmark = [pytest.mark.gpu, pytest.mark.fused]
+
+#   tokens, in, parts' rows and which are enabled, r, p, bias
+CASES = {
+    "plain": ((70,), 48, (32,), (True,), 16, 0.0, False),
+    "one token": ((1,), 40, (35,), (True,), 4, 0.2, True),
+    "few tokens": ((2, 9), 33, (20, 24), (True, True), 5, 0.3, True),
+    "odd sizes": ((67,), 41, (19, 7, 30), (True, False, True), 3, 0.3, True),
+    "first and last part off": ((3, 25), 32, (8, 40, 9), (False, True, False), 8, 0.1, False),
+    "rank over several blocks": ((65,), 24, (33, 18), (True, True), 50, 0.25, True),
+    "rank 1": ((80,), 50, (37,), (True,), 1, 0.5, True),
+    "in smaller than a tile": ((66,), 3, (5,), (True,), 2, 0.3, True),
+}
+if not INTERPRETED:
+    CASES |= {
+        "qkv": ((2, 1024), 3072, (3072, 3072, 3072), (True, True, True), 16, 0.05, False),
+        "gate_up": ((1024,), 3072, (8192, 8192), (True, True), 64, 0.05, False),
+        "down": ((1000,), 8192, (3072,), (True,), 128, 0.05, True),
+        "rank 256": ((513,), 1024, (1024, 256), (True, True), 256, 0.1, True),
+        "one token of qkv": ((1,), 3072, (3072, 1024, 1024), (True, False, True), 16, 0.05, False),
+        "64 tokens": ((64,), 3072, (3072,), (True,), 8, 0.0, True),
+        "odd and large": ((1237,), 1111, (777, 333), (True, True), 24, 0.1, True),
+    }
+
+
+def problem(case, dtype, factors=None):
+    """Leaves x, weight, bias, A, B, all with gradients, and the keywords of the call."""
+    lead, k, splits, enabled, r, p, bias = CASES[case]
+    rows = sum(size for size, on in zip(splits, enabled, strict=True) if on)
+    n = sum(splits)
+    tensors = [
+        torch.randn(*lead, k).to(dtype),
+        (torch.randn(n, k) / k**0.5).to(dtype),
+        torch.randn(n).to(dtype) if bias else None,
+        (torch.randn(r * sum(enabled), k) / k**0.5).to(factors or dtype),
+        torch.randn(rows, r).to(factors or dtype),
+    ]
+    options = {"splits": splits, "enabled": enabled, "dropout_p": p, "seed": SEED}
+    return [None if t is None else t.to(DEVICE).requires_grad_() for t in tensors], options
+
+
+def step(tensors, grad, options, impl, dtype=None, scaling=0.7):
+    """y and the gradients of all tensors that want one, computed by `impl` in `dtype`."""
+    own = [
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
+        for t in tensors
+    ]
+    y = lora_linear(*own, scaling, impl=impl, **options)
+    wanted = [t for t in own if t is not None and t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, grad.to(dtype or grad.dtype))]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factors", ["same", "fp32"])
+def test_error_is_at_most_twice_pytorchs(case, dtype, factors):
+    tensors, options = problem(case, dtype, torch.float32 if factors == "fp32" else None)
+    grad = torch.randn(*tensors[0].shape[:-1], sum(options["splits"])).to(DEVICE, dtype)
+    exact = step(tensors, grad, options, "torch", torch.float64)
+    eager = step(tensors, grad, options, "torch")
+    fused = step(tensors, grad, options, "triton")
+    for want, theirs, ours in zip(exact, eager, fused, strict=True):
+        assert ours.dtype == theirs.dtype
+        # Two roundings of a typical element: what is left when PyTorch happens to hit the value.
+        small = 2 * torch.finfo(ours.dtype).eps * want.square().mean().sqrt()
+        for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+            assert norm(ours - want) <= 2 * norm(theirs - want) + small
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_runs_are_equal_to_the_bit(case):
+    tensors, options = problem(case, HALF)
+    grad = torch.randn(*tensors[0].shape[:-1], sum(options["splits"])).to(DEVICE, HALF)
+    first, second = (step(tensors, grad, options, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("case", ["few tokens", "odd sizes", "rank over several blocks"])
+def test_every_element_is_written(case):
+    """With every new tensor filled with NaN before use."""
+    tensors, options = problem(case, torch.float32)
+    grad = torch.randn(*tensors[0].shape[:-1], sum(options["splits"])).to(DEVICE)
+    want = step(tensors, grad, options, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = step(tensors, grad, options, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, want))
+
+
+def mask(rows, columns, p):
+    """The reference's, as booleans."""
+    bits = seeded_keep_bits(torch.tensor(SEED), rows, columns, p)
+    return keep(torch.ones(rows, columns), bits).bool()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 16), (70, 41), (19, 200), (130, 8)])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.97])
+def test_the_masks_are_the_references_bit_by_bit(rows, columns, p):
+    want = mask(rows, columns, p)
+    x = torch.ones(rows, columns, device=DEVICE)
+    A = torch.eye(columns, device=DEVICE)
+    from lora.kernels.dropout import drop_level
+    from lora.kernels.triton_input_grads import input_grads
+    from lora.kernels.triton_shrink import shrink
+
+    seed, level = torch.tensor([SEED], device=DEVICE), drop_level(p)
+    assert torch.equal(shrink(x, A, seed, level).sum(0).cpu().bool(), want)
+    dx, dA = input_grads(x, torch.ones_like(x), A, 1.0, seed, level, True, True)
+    assert torch.equal(dx.cpu().bool(), want)
+    counted = want.float().sum(0).expand(columns, columns)
+    assert torch.equal(dA.cpu(), counted)
+
+
+@pytest.mark.parametrize("asked", range(1, 32))
+def test_what_is_not_asked_for_is_skipped_and_the_rest_is_the_same(asked):
+    tensors, options = problem("odd sizes", torch.float32)
+    grad = torch.randn(67, 56).to(DEVICE)
+    everything = step(tensors, grad, options, "triton")
+    names = [bool(asked >> i & 1) for i in range(5)]
+    for tensor, on in zip(tensors, names, strict=True):
+        tensor.requires_grad_(on)
+    got = step(tensors, grad, options, "triton")
+    chosen = [g for g, on in zip(everything[1:], names, strict=True) if on]
+    assert len(got) == 1 + sum(names)
+    assert all(map(torch.equal, got, [everything[0], *chosen]))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [((), {"x", "S", "seed"}), (("A",), {"S", "seed"}), (("A", "B"), {"seed"})],
+    ids=str,
+)
+def test_kept_for_backward(frozen, expected):
+    (x, weight, bias, A, B), options = problem("odd sizes", HALF)
+    weight.requires_grad_(False)
+    for tensor, name in ((A, "A"), (B, "B")):
+        tensor.requires_grad_(name not in frozen)
+    shapes = {(67, 41): "x", (67, 6): "S", (): "seed"}
+    own = {t.data_ptr() for t in (weight, A, B)}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(shapes[tuple(tensor.shape)])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lora_linear(x, weight, bias, A, B, 0.7, impl="triton", **options)
+    assert sorted(kept) == sorted(expected)
+
+
+@pytest.mark.parametrize("tokens", [6, 80])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "row of three dimensions"])
+def test_strides(tokens, layout):
+    k, n = 24, 20
+    x = {
+        "transposed": lambda: torch.randn(k, tokens).t(),
+        "sliced": lambda: torch.randn(tokens, 2 * k)[:, 5 : 5 + k],
+        "expanded": lambda: torch.randn(1, k).expand(tokens, k),
+        "row of three dimensions": lambda: torch.randn(tokens, 2, 3, k)[:, 1],
+    }[layout]().to(DEVICE)
+    A, B = torch.randn(4, k).to(DEVICE), torch.randn(n, 4).to(DEVICE)
+    tensors = [x, torch.randn(k, n).to(DEVICE).t(), None, A.t().contiguous().t(), B]
+    for t in tensors:
+        if t is not None:
+            t.requires_grad_()
+    grad = torch.randn(1, device=DEVICE).expand(*x.shape[:-1], n)
+    options = {"dropout_p": 0.2, "seed": SEED}
+    results = []
+    for impl in ("torch", "triton"):
+        y = lora_linear(*tensors, 0.7, impl=impl, **options)
+        wanted = [t for t in tensors if t is not None]
+        results.append([y, *torch.autograd.grad(y, wanted, grad)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12), (12,), (2, 3, 4, 12)])
+def test_any_number_of_tokens_and_dimensions(shape):
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    W = torch.randn(10, 12, device=DEVICE)
+    A = torch.randn(3, 12, device=DEVICE, requires_grad=True)
+    B = torch.randn(10, 3, device=DEVICE, requires_grad=True)
+    results = []
+    for impl in ("torch", "triton"):
+        y = lora_linear(x, W, None, A, B, 2.0, dropout_p=0.3, seed=SEED, impl=impl)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, A, B))])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_few_tokens_with_zero_b_give_the_frozen_output_to_the_bit(tokens):
+    x = torch.randn(tokens, 40, device=DEVICE, dtype=HALF)
+    layer = nn.Linear(40, 30, device=DEVICE, dtype=HALF)
+    A, B = torch.randn(4, 40, device=DEVICE), torch.zeros(30, 4, device=DEVICE)
+    y = lora_linear(x, layer.weight, layer.bias, A, B, 2.0, impl="triton")
+    assert torch.equal(y, layer(x))
+
+
+def test_the_mask_follows_torchs_generator_and_changes_every_time():
+    (x, *rest), options = problem("plain", torch.float32)
+    options |= {"dropout_p": 0.4, "seed": None}
+
+    def draw():
+        return lora_linear(x, *rest, 0.7, impl="triton", **options)
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(first, draw())
+    assert not torch.equal(first, second)
+
+
+def gradients_of(layer):
+    return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def layer(monkeypatch, fill_factors):
+    """A MergedLinear with dropout that takes the fused kernels."""
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    made = lora.MergedLinear(24, 40, 4, 8, 0.3, [True, False, True], out_splits=[16, 8, 16])
+    fill_factors(made.to(DEVICE))
+    lora.mark_only_lora_as_trainable(made)
+    return made
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_redraws_the_same_mask(layer, tokens, reentrant):
+    x = torch.randn(tokens, 24, device=DEVICE, requires_grad=True)
+    torch.manual_seed(1)
+    layer(x).square().sum().backward()
+    want = [x.grad.clone(), *gradients_of(layer)]
+    x.grad = None
+    layer.zero_grad()
+    torch.manual_seed(1)
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    assert all(map(torch.equal, [x.grad, *gradients_of(layer)], want))
+
+
+def test_functional_call(layer):
+    x = torch.randn(70, 24, device=DEVICE)
+    state = {name: p.detach() * 2 for name, p in layer.named_parameters()}
+    torch.manual_seed(1)
+    y = torch.func.functional_call(layer, state, (x,))
+    layer.load_state_dict(state)
+    torch.manual_seed(1)
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_autocast(layer, tokens):
+    """fp32 parameters, products in half precision, gradients in fp32: as the layer without LoRA."""
+    x = torch.randn(tokens, 24, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, dtype=HALF):
+        y = layer(x)
+    assert y.dtype == HALF
+    y.float().square().sum().backward()
+    assert {g.dtype for g in [x.grad, *gradients_of(layer)]} == {torch.float32}
+    ours = [x.grad.clone(), *gradients_of(layer)]
+    x.grad = None
+    layer.zero_grad()
+    layer.lora_dropout.p = 0.0
+    with torch.autocast(DEVICE, dtype=HALF):
+        layer(x).float().square().sum().backward()
+    assert not torch.equal(ours[0], x.grad)  # the mask was there
+
+
+def test_gradients_of_gradients_equal_pytorchs():
+    tensors, options = problem("few tokens", torch.float32)
+    results = []
+    for impl in ("torch", "triton"):
+        y = lora_linear(*tensors, 0.7, impl=impl, **options)
+        first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+        results.append([*first, *second])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("case", ["few tokens", "odd sizes"])
+def test_the_operators_are_well_registered(case):
+    (x, weight, bias, A, B), options = problem(case, torch.float32)
+    seed = torch.tensor([SEED], device=DEVICE)
+    rows = {"few tokens": [0, 20, 20, 44], "odd sizes": [0, 19, 26, 56]}[case]
+    torch.library.opcheck(fused_forward, (x, weight, bias, A, B, seed, 0.3, 0.7, rows, True))
+    x, weight, A, B = (t.detach() for t in (x, weight, A, B))
+    y, s = fused_forward(x, weight, None, A, B, seed, 0.3, 0.7, rows, True)
+    for needs in ([True] * 3, [True, False, False], [False, True, True]):
+        arguments = (y, x, weight, A, B, seed, s, 0.3, 0.7, rows, needs)
+        torch.library.opcheck(fused_backward, arguments)
+    assert options["splits"][0] == rows[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["aot_eager"] + ([] if INTERPRETED else ["inductor"]))
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_a_training_step_compiles_whole(layer, backend, tokens):
+    torch._dynamo.reset()
+    model = nn.Sequential(layer, nn.Tanh())
+    x = torch.randn(tokens, 24, device=DEVICE)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    results = []
+    for f in (model, compiled):
+        torch.manual_seed(7)
+        y = f(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *gradients_of(layer)])
+        model.zero_grad()
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_checkpointing_inside_a_compiled_step_keeps_the_mask(layer):
+    torch._dynamo.reset()
+    x = torch.randn(70, 24, device=DEVICE)
+
+    def run(x):
+        return checkpoint(layer, x, use_reentrant=False)
+
+    torch.manual_seed(7)
+    layer(x).square().sum().backward()
+    want = gradients_of(layer)
+    layer.zero_grad()
+    torch.manual_seed(7)
+    torch.compile(run, backend="aot_eager")(x).square().sum().backward()
+    for got, expected in zip(gradients_of(layer), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_the_fused_kernels_on_a_gpu_alone():
+    tensors, _ = problem("plain", HALF)
+    said = explain(*tensors, 1.0)
+    assert said.startswith("torch: " if INTERPRETED else "triton: "), said
+    assert explain(*tensors, 1.0, impl="triton").startswith("triton: ")
+
+
+def test_a_patched_phi3_trains_like_pytorchs_path(make_phi3, fill_factors, monkeypatch):
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for impl in ("torch", "triton"):
+        monkeypatch.setenv("LORA_KERNELS", impl)
+        model = make_phi3(attention_dropout=0.0, num_hidden_layers=1).to(DEVICE)
+        lora.patch_phi3(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+        fill_factors(model)
+        model.train()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *gradients_of(model)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
