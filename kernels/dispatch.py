@@ -1,5 +1,6 @@
 """The one public entry: check the arguments, settle the dtype, choose the code, draw the mask."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -192,8 +193,16 @@ def _is_wrapper(tensor: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-@torch.compiler.assume_constant_result
 def _obstacle(device: torch.device, explicit: bool) -> str:
+    return _find_obstacle(device, explicit)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and triton.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _find_obstacle(device: torch.device, explicit: bool) -> str:
     """Why Triton cannot run on this device; empty if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

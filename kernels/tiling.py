@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 """What the fused kernels share: the mask of a tile, the part of a tile, sums of partial results, sizes.
 
 Imported by the `triton_*` files alone, because it imports triton.

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 """y = α S_j B_jᵀ + bias in the columns N_j of every enabled part j, in one launch.
 
 S (M, n·r), B (rows of the enabled parts, r), y (M, N). Two uses:

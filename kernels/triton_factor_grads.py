@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 """dS_j = dY[:, N_j] B_j and dB_j = α dY[:, N_j]ᵀ S_j of every part in one pass over dY.
 
 dY (M, N), B (rows of the enabled parts, r), S and dS (M, n·r), dB like B. Bytes: the enabled columns of

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 """dA = α dSᵀ (m ∘ x) and dX0 = α m ∘ (dS A) in one pass over x's shape.
 
 x and dX0 (M, K), dS (M, R), A and dA (R, K); R counts the factors of all parts. m is made again

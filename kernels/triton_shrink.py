@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 """S = (m ∘ x) Aᵀ: dropout and the down projection of every part in one pass over x.
 
 x (M, K), A (R, K) with the factors of all parts stacked, S (M, R). m is made on the fly from the seed,

@@ -8,13 +8,18 @@ import torch
 from torch import nn
 
 from ._base import LoRALayer, lora_layers
+from .kernels import explain
+from .linear import Linear
 from .merged_linear import MergedLinear
 from .state import adapter_parameters
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of layer: how many there are, and the LoRA parameters of all of them together."""
+    """One kind of layer: how many there are, and the LoRA parameters of all of them together.
+
+    path: the code that an unmerged forward takes, and why, in one sentence (`lora.kernels.explain`).
+    """
 
     type: str
     count: int
@@ -22,6 +27,7 @@ class Row:
     parts: str
     r: int
     scaling: float
+    path: str
     parameters: int
 
 
@@ -57,9 +63,13 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         layers = sum(row.count for row in self.rows)
+        paths: dict[str, list[str]] = {}
+        for row in self.rows:
+            paths.setdefault(row.path, []).append(row.type)
         return "\n".join(
             [
                 *lines,
+                *(f"{', '.join(dict.fromkeys(kinds))}: {path}" for path, kinds in paths.items()),
                 f"trainable parameters: {self.trainable_parameters:,} of "
                 f"{self.total_parameters:,} ({self.trainable_percentage:.4f} %)",
                 f"adapter: {self.adapter_bytes:,} bytes; optimizer (two moments a trainable "
@@ -73,10 +83,10 @@ def summary(model: nn.Module) -> Summary:
     """Print and return a table of the LoRA layers of `model` and of its parameters.
 
     Layers with r > 0, grouped by type, shape of the weight, parts (rows of each; in
-    brackets without an update), rank per part and scaling;
+    brackets without an update), rank per part and scaling; which code they run (`Row.path`);
     trainable and total parameters (shared ones once); bytes of the factors and of trained
-    biases; bytes of
-    two optimizer moments for every trainable parameter; how many layers are merged now.
+    biases; bytes of two optimizer moments for every trainable parameter; how many layers are
+    merged now.
     """
     layers = [layer for _, layer in lora_layers(model) if layer.r > 0]
     kinds: dict[_Kind, list[int]] = {}  # to the parameters of every layer of the kind
@@ -100,7 +110,7 @@ def summary(model: nn.Module) -> Summary:
     return table
 
 
-_Kind = tuple[str, tuple[int, ...], str, int, float]
+_Kind = tuple[str, tuple[int, ...], str, int, float, str]
 
 
 def _kind(layer: LoRALayer) -> _Kind:
@@ -108,7 +118,19 @@ def _kind(layer: LoRALayer) -> _Kind:
     if isinstance(layer, MergedLinear):
         sizes = zip(layer.out_splits, layer.enable_lora, strict=True)
         parts = " ".join(f"{size}" if enabled else f"({size})" for size, enabled in sizes)
-    return type(layer).__name__, tuple(layer.weight.shape), parts, layer.r, layer.scaling
+    name, shape = type(layer).__name__, tuple(layer.weight.shape)
+    return name, shape, parts, layer.r, layer.scaling, _path(layer)
+
+
+def _path(layer: LoRALayer) -> str:
+    if not isinstance(layer, Linear):
+        return f"torch: there are no fused kernels for {type(layer).__name__}"
+    if hasattr(layer.weight, "device_mesh"):
+        return "decided at the call: the weight is sharded now, and FSDP gathers it for the forward"
+    x = layer.weight.new_empty((0, layer.in_features))
+    factors = layer.lora_A, layer.lora_B
+    said: str = explain(x, layer._matrix(layer.weight), layer.bias, *factors)
+    return said
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -5,23 +5,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_bench_layers_end_to_end(tmp_path):
-    path = tmp_path / "rows.csv"
-    options = ["--shrink", "32", "--tokens", "2", "--rank", "4", "--rounds", "1", "--csv", path]
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "bench_layers.py", *map(str, options)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+@pytest.fixture
+def run(tmp_path):
+    """The printed text and the rows of the benchmark on a 32nd of every size."""
+
+    def run(*options):
+        path = tmp_path / "rows.csv"
+        common = ["--shrink", "32", "--ranks", "4", "--rounds", "1", "--csv", path]
+        done = subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "bench_layers.py", *map(str, common), *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        with path.open(newline="") as file:
+            return done.stdout, list(csv.DictReader(file))
+
+    return run
+
+
+def test_bench_layers_end_to_end(run):
+    printed, rows = run("--tokens", "16")
     assert {row["provider"] for row in rows} == {"frozen", "lora", "loralib", "peft"}
     assert {row["layer"] for row in rows} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert {row["tokens"] for row in rows} == {"2"}
+    assert {row["tokens"] for row in rows} == {"16"}
+    assert {row["pass"] for row in rows} == {"both"}
     for row in rows:
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
         assert len(row["source"]) == 12
@@ -29,4 +45,33 @@ def test_bench_layers_end_to_end(tmp_path):
         if row["provider"] == "frozen":
             assert float(row["over_frozen"]) == 1
             assert float(row["kept_in_x"]) == 0
-    assert run.stdout.count("sum") == 8
+    assert printed.count("sum") == 8
+
+
+def test_passes_models_and_baselines(run):
+    passes = ["forward", "backward", "both"]
+    names = ["lora", "loralib", "unsloth-schedule", "lorafusion-schedule"]
+    options = ["--passes", *passes, "--models", "phi-3-medium", "phi-4-mini", "--providers", *names]
+    _, rows = run(*options, "--tokens", "16", "33", "--dtypes", "fp32")
+    assert {row["pass"] for row in rows} == set(passes)
+    assert {row["tokens"] for row in rows} == {"16", "33"}
+    grouped = [row for row in rows if row["layer"].endswith("qkv_proj") and row["parts"] == "3"]
+    assert {row["provider"] for row in grouped} == {"frozen", "lora"}  # the parts are unequal
+    medium = {(row["in"], row["out"]) for row in grouped if "medium" in row["layer"]}
+    assert medium == {("160", "240")}
+    with_dropout = {row["provider"] for row in rows if row["p"] == "0.05"}
+    assert with_dropout == {"frozen", "lora", "loralib", "lorafusion-schedule"}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("scaling", [2.0, 1.0, float("nan")])
+def test_a_wrong_result_is_found(p, scaling, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import baselines
+    import bench_layers
+
+    base = nn.Linear(96, 64, bias=False).requires_grad_(False)
+    layer = baselines.BaselineLinear(base, 8, scaling, p, baselines.LoRAFusionSchedule)
+    nn.init.normal_(layer.lora_B, std=0.02)
+    wrong = bench_layers.check(layer, base, 40, p, (64,))
+    assert bool(wrong) == (scaling != bench_layers.SCALING)

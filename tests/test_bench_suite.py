@@ -1,0 +1,137 @@
+"""The baselines are right, every benchmark runs end to end on a CPU, old rows are found."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora.kernels import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def script(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "p"),
+    [("UnslothSchedule", 0.0), ("LoRAFusionSchedule", 0.0), ("LoRAFusionSchedule", 0.3)],
+)
+def test_a_baseline_is_the_formula_in_float64(name, p):
+    import baselines
+
+    base = nn.Linear(10, 7, bias=False, dtype=torch.float64).requires_grad_(False)
+    layer = baselines.BaselineLinear(base, 3, 1.5, p, getattr(baselines, name))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    mask = None
+    if p > 0:  # the one that the schedule keeps
+        kept = y.grad_fn.next_functions[0][0].saved_tensors
+        mask = next(t for t in kept if t.dtype == torch.bool).view(x.shape)
+        assert 0 < mask.double().mean() < 1
+    factors = (layer.lora_A, layer.lora_B)
+    want = reference.lora_linear(x, base.weight, None, *factors, 1.5, mask=mask, p=p)
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(y)
+    wanted = torch.autograd.grad(want, (x, *factors), grad)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, *factors), grad), wanted, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_unsloths_schedule_refuses_dropout():
+    import baselines
+
+    layer = baselines.BaselineLinear(nn.Linear(4, 4), 2, 1.0, 0.1, baselines.UnslothSchedule)
+    with pytest.raises(ValueError, match=r"p=0\.1"):
+        layer(torch.randn(2, 4))
+
+
+def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path):
+    from harness import COLUMNS, source_hash
+
+    options = ["--device", "cpu", "--quick", "--shrink", "32", "--out", tmp_path]
+    done = script("benchmarks/run_gpu.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    benches = set()
+    for path in tmp_path.glob("*.csv"):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert tuple(rows[0]) == COLUMNS
+        assert {row["source"] for row in rows} == {source_hash()}
+        assert all(float(row["ms_p50"]) > 0 for row in rows)
+        benches |= {row["bench"] for row in rows}
+    assert benches == {"layers", "kernels", "step", "beta", "bandwidth"}
+    assert "philox: needs a GPU, nothing measured" in done.stdout
+    plots = {path.name for path in tmp_path.glob("*.png")}
+    assert plots == {"over_frozen.png", "kept.png", "kernels.png"}
+    summary = done.stdout.splitlines()[-7:]
+    assert all(" ok, " in line for line in summary), summary
+
+
+def test_a_part_that_fails_or_has_no_time_is_told(monkeypatch, capsys):
+    import run_gpu
+
+    assert run_gpu.run("bad", ["-c", "raise SystemExit(3)"], 60) == "failed with exit status 3"
+    assert run_gpu.run("slow", ["-c", "import time; time.sleep(60)"], 5) == "stopped at its limit"
+    assert run_gpu.run("late", ["-c", ""], 1) == "skipped, no time left"
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--device", "cpu"])
+    monkeypatch.setattr(run_gpu, "parts", lambda args: [("bad", 9, ["-c", "raise SystemExit(3)"])])
+    with pytest.raises(SystemExit) as stop:
+        run_gpu.main()
+    assert stop.value.code == 1
+    assert "bad          failed with exit status 3" in capsys.readouterr().out
+
+
+def test_rows_of_other_kernels_are_stale(tmp_path):
+    import readme_table
+
+    import harness
+
+    shutil.copy(ROOT / "benchmarks" / "results" / "layers_cpu.csv", tmp_path / "old.csv")
+    rows = readme_table.read(tmp_path / "old.csv")
+    harness.write_csv(tmp_path / "new.csv", rows, "cpu")
+    assert readme_table.stale(tmp_path / "nothing") == []
+    altered = (tmp_path / "new.csv").read_text().replace(harness.source_hash(), "0123456789ab", 1)
+    (tmp_path / "old.csv").write_text(altered)
+    [line] = readme_table.stale(tmp_path)
+    assert line.startswith("stale: old.csv is of 0123456789ab")
+
+
+def test_the_experiments_kernels_in_the_interpreter():
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+import torch
+import experiments
+ones = torch.ones(64, 256)
+for mask in experiments.MASKS:
+    share = float(experiments.row_sums(ones, 0.05, mask).mean()) / 256
+    assert abs(share - (1 if mask == "no mask" else 0.95)) < 0.01, (mask, share)
+x, s, w, b = (torch.randn(size) for size in ((64, 96), (64, 16), (96, 96), (96, 16)))
+for tma in (False, True):
+    y = experiments.extend(x, s, w, b, tma, (32, 32, 32, 4, 2), 3)
+    torch.testing.assert_close(y, x @ w.t() + s @ b.t(), rtol=1e-4, atol=1e-4)
+"""
+    done = script("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
