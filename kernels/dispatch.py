@@ -63,7 +63,7 @@ def lora_linear(
         in bf16, the factors' gradients are fp32).
 
     Raises:
-        ValueError: shapes, parts, dropout_p or impl that do not fit.
+        ValueError: shapes, parts, devices, dropout_p or impl that do not fit.
         TypeError: x and weight of different dtypes without autocast.
         RuntimeError: impl is "triton" and it cannot run; the message says why.
     """
@@ -254,6 +254,10 @@ def _check_shapes(
     splits: tuple[int, ...],
     enabled: tuple[bool, ...],
 ) -> None:
+    devices = {t.device for t in (x, weight, bias, lora_A, lora_B) if t is not None}
+    if len(devices) > 1:
+        named = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the tensors are on {named}: expected one device; move them with .to()")
     if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             "weight, lora_A and lora_B must be matrices, got shapes "

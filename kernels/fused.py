@@ -44,6 +44,12 @@ def _mask(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
     return (seed if level > 0 else None), level
 
 
+def _operands(like: Tensor, *factors: Tensor) -> list[Tensor]:
+    """Factors as the kernels read them: cast once if many tiles would cast them again and again."""
+    few = like.shape[:-1].numel() <= FEW_TOKENS
+    return [(f if few else f.to(like.dtype)).contiguous() for f in factors]
+
+
 @torch.library.custom_op("lora::fused_forward", mutates_args=())
 def fused_forward(
     x: Tensor,
@@ -71,8 +77,7 @@ def fused_forward(
         return F.linear(x, weight, bias), s.zero_()
     x2, (seed, level) = matrix(x), _mask(seed, p)
     few = m <= FEW_TOKENS
-    # Many tiles read A and B, and each would cast them again.
-    A, B = (f.contiguous() if few else f.to(dtype).contiguous() for f in (lora_A, lora_B))
+    A, B = _operands(x, lora_A, lora_B)
     slabs = shrink(x2, A, seed, level)
     if keep_s or not few:
         full = slabs[0] if len(slabs) == 1 else sum_partials(slabs, x.new_empty((m, r)))
@@ -126,13 +131,15 @@ def fused_backward(
         return tuple(z if n else e for z, n, e in zip(zeros, needs, empty, strict=True))  # type: ignore[return-value]
     dy2, (seed, level) = matrix(dy), _mask(seed, p)
     alpha = scaling * (keep_scale(p) if seed is not None else 1)
-    A, B = (f if f.is_contiguous() else f.contiguous() for f in (lora_A, lora_B))
+    A, B = _operands(dy, lora_A, lora_B)
     dx = dA = None
     with ops.autocast_off(dy.device):
-        ds, dB = factor_grads(dy2, s, B, alpha, _pairs(rows), need_x or need_A, need_B)
+        ds, dB = factor_grads(
+            dy2, s, B, alpha, _pairs(rows), need_x or need_A, need_B, lora_B.dtype
+        )
         if ds is not None:
             x2 = matrix(x) if x is not None and need_A else None
-            dx, dA = input_grads(x2, ds, A, alpha, seed, level, need_x, need_A)
+            dx, dA = input_grads(x2, ds, A, alpha, seed, level, need_x, need_A, lora_A.dtype)
         if dx is not None and weight is not None:
             dx = dx.addmm_(dy2, weight.to(dy.dtype)).view(*dy.shape[:-1], k)
     return tuple(e if g is None else g for g, e in zip((dx, dA, dB), empty, strict=True))  # type: ignore[return-value]

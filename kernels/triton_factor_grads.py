@@ -101,8 +101,9 @@ def factor_grads(
     rows: Rows,
     need_ds: bool,
     need_db: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dS in dY's dtype, dB in B's), None for what is not needed.
+    """(dS in dY's dtype, dB in `dtype` or else B's), None for what is not needed.
 
     dy (M, N) with unit stride in the rows; s (M, n·r), for dB, and lora_B contiguous.
     """
@@ -141,5 +142,5 @@ def factor_grads(
     if ds_slabs is not None:
         ds = sum_partials(ds_slabs, dy.new_empty((m, len(parts) * r)), parts=tiles)
     if db_slabs is not None:
-        db = sum_partials(db_slabs, torch.empty_like(lora_B), alpha)
+        db = sum_partials(db_slabs, torch.empty_like(lora_B, dtype=dtype), alpha)
     return ds, db

@@ -38,7 +38,7 @@ CONFIGS: Table = {
     ("sm_90", 128): Config(rows=64, columns=64, warps=8, stages=2),
     ("sm_100", 64): Config(rows=64, columns=128, warps=8, stages=2),
     ("sm_100", 128): Config(rows=64, columns=64, warps=8, stages=2),
-    ("fp32", 16): Config(rows=16, columns=32, warps=4, stages=2),
+    ("fp32", 16): Config(rows=16, columns=64, warps=4, stages=1),
     ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
 }
 PROGRAMS = 2  # a processor: the tiles are small
@@ -120,8 +120,9 @@ def input_grads(
     level: int,
     need_dx: bool,
     need_da: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dX0 (M, K) in dS's dtype, dA in A's), None for what is not needed.
+    """(dX0 (M, K) in dS's dtype, dA in `dtype` or else A's), None for what is not needed.
 
     x (M, K) with unit stride in the rows, for dA alone; ds (M, R) and lora_A (R, K) contiguous.
     """
@@ -157,4 +158,6 @@ def input_grads(
             BLOCK_R=block_r,
             **options(config.warps, config.stages),
         )
-    return dx, None if slabs is None else sum_partials(slabs, torch.empty_like(lora_A), alpha)
+    if slabs is None:
+        return dx, None
+    return dx, sum_partials(slabs, torch.empty_like(lora_A, dtype=dtype), alpha)

@@ -238,6 +238,16 @@ def test_the_mask_follows_torchs_generator_and_changes_every_time():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_output_is_the_same_to_the_bit(tokens, mode):
+    (_, *rest), options = problem("few tokens", HALF)
+    x = torch.randn(tokens, 33).to(DEVICE, HALF)
+    want = lora_linear(x, *rest, 0.7, impl="triton", **options)
+    with mode():
+        assert torch.equal(lora_linear(x, *rest, 0.7, impl="triton", **options), want)
+
+
 def gradients_of(layer):
     return [p.grad.clone() for p in layer.parameters() if p.grad is not None]
 

@@ -325,3 +325,9 @@ def test_dtypes_that_differ_are_refused_with_the_fix():
         lora_linear(x, w.bfloat16(), None, A, B, 1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lora_linear(x, w.bfloat16(), None, A, B, 1.0)
+
+
+def test_tensors_on_several_devices_are_named():
+    x, weight, bias, A, B = problem((3, 4), 5, 2)
+    with pytest.raises(ValueError, match=r"the tensors are on cpu, meta: expected one device"):
+        lora_linear(x, weight.to("meta"), bias, A, B, 1.0)

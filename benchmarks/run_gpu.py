@@ -1,0 +1,96 @@
+"""Everything that a GPU can tell in a few minutes, the most important first.
+
+Each part is a process of its own with a limit, and writes its rows as it goes: a stop, here or from
+outside, loses nothing that was measured. On a CPU the parts run on shrunk sizes, as a proof; those rows
+say nothing about the project and go to build/benchmarks. Exit status 1 if a part failed.
+
+    python benchmarks/run_gpu.py [--minutes 9] [--out benchmarks/results]
+    python benchmarks/run_gpu.py --device cpu --quick
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORTEST = 5  # seconds in which a part can do something
+PLOTS = 15  # seconds kept for the plots
+# Without PEFT compiled: a compilation takes longer than the rest of its row.
+SWEPT = ("lora", "loralib", "peft", "unsloth-schedule", "lorafusion-schedule")
+
+
+def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
+    """(name, most seconds, what python runs), in order."""
+    out, small = args.out, args.device == "cpu"
+    common = ["--device", args.device] + (["--shrink", str(args.shrink)] if small else [])
+    quick = ["--quick"] if args.quick else []
+
+    def script(name: str, csv: str, *options: str) -> list[str]:
+        return [
+            f"benchmarks/{name}.py",
+            *common,
+            "--csv",
+            f"{out}/{csv}_{args.device}.csv",
+            *options,
+        ]
+
+    def experiments(*names: str) -> list[str]:
+        return ["benchmarks/experiments.py", *common, "--out", str(out), "--only", *names]
+
+    tests = [("tests", 120, ["-m", "pytest", "-q", "-m", "gpu", "tests"])]
+    headline = ["--tokens", "64" if small else "8192", "--dtypes", "bf16", *quick]
+    tokens = ["16"] if small else ["2048", "16384", "1", "16", "128", "512", "65536"]
+    wide = ["--tokens", *tokens, "--ranks", "16", "64", "--dtypes", "bf16", "--rounds", "2"]
+    wide += ["--models", "phi-3-mini", "phi-3-medium", "phi-4-mini"]
+    wide += ["--passes", "forward", "backward", "both", "--providers", *SWEPT]
+    step = ["--layers", "2", "--batch", "1", "--length", "32"] if small else []
+    return [
+        *([] if small else tests),
+        ("beta", 45, experiments("beta")),
+        ("layers", 150, script("bench_layers", "layers", *headline)),
+        ("kernels", 100, script("bench_kernels", "kernels", *quick)),
+        ("step", 120, script("bench_step", "step", *quick, *step)),
+        ("experiments", 100, experiments("bandwidth", "philox", "extended")),
+        ("sweep", 600, script("bench_layers", "sweep", *wide)),
+        ("plots", 60, ["benchmarks/plots.py", str(out)]),
+    ]
+
+
+def run(name: str, command: list[str], limit: float) -> str:
+    print(f"\n=== {name}, {limit:.0f} s at most: python {' '.join(command)}", flush=True)
+    if limit < SHORTEST:
+        return "skipped, no time left"
+    try:
+        status = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return "stopped at its limit"
+    return "ok" if status == 0 else f"failed with exit status {status}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, ranks and tokens")
+    parser.add_argument(
+        "--out", type=Path, help="default benchmarks/results, on a CPU build/benchmarks"
+    )
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--shrink", type=int, default=16, help="divides all sizes on a CPU")
+    args = parser.parse_args()
+    start, summary = time.monotonic(), []
+    args.out = args.out or Path(
+        "benchmarks/results" if args.device == "cuda" else "build/benchmarks"
+    )
+    for name, most, command in parts(args):
+        began = time.monotonic()
+        left = 60 * args.minutes - (began - start) - (0 if name == "plots" else PLOTS)
+        outcome = run(name, command, min(most, left))
+        summary.append(f"{name:12} {outcome}, {time.monotonic() - began:.0f} s")
+    print("\n" + "\n".join(summary))
+    sys.exit(1 if any("failed" in line for line in summary) else 0)
+
+
+if __name__ == "__main__":
+    main()
