@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import lora
 from lora.kernels import reference
 
+import baselines
 from harness import (
     DTYPES,
     kept_bytes,
@@ -98,8 +99,6 @@ def _peft_compiled(*arguments: Any) -> nn.Module:
 
 
 def _schedule(name: str, base: nn.Linear, r: int, p: float, splits: Splits) -> nn.Module:
-    import baselines
-
     return baselines.BaselineLinear(base, r, SCALING, p, getattr(baselines, name))
 
 

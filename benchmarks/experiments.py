@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench_kernels import bench
 from harness import (
     DTYPES,
     LAYERS,
@@ -66,8 +67,6 @@ def beta(device: str, shrink: int) -> list[dict]:
 
 
 def bandwidth(device: str, shrink: int) -> list[dict]:
-    from bench_kernels import bench
-
     rows = []
     for (layer, sizes), p in itertools.product(LAYERS.items(), (0.0, 0.05)):
         k, n = (size // shrink for size in sizes)

@@ -39,7 +39,7 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     def experiments(*names: str) -> list[str]:
         return ["benchmarks/experiments.py", *common, "--out", str(out), "--only", *names]
 
-    tests = [("tests", 120, ["-m", "pytest", "-q", "-m", "gpu", "tests"])]
+    tests = [("tests", 180, ["-m", "pytest", "-q", "-m", "gpu", "tests"])]
     headline = ["--tokens", "64" if small else "8192", "--dtypes", "bf16", *quick]
     tokens = ["16"] if small else ["2048", "16384", "1", "16", "128", "512", "65536"]
     wide = ["--tokens", *tokens, "--ranks", "16", "64", "--dtypes", "bf16", "--rounds", "2"]
@@ -49,9 +49,9 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     return [
         *([] if small else tests),
         ("beta", 45, experiments("beta")),
-        ("layers", 150, script("bench_layers", "layers", *headline)),
-        ("kernels", 100, script("bench_kernels", "kernels", *quick)),
-        ("step", 120, script("bench_step", "step", *quick, *step)),
+        ("layers", 120, script("bench_layers", "layers", *headline)),
+        ("kernels", 90, script("bench_kernels", "kernels", *quick)),
+        ("step", 100, script("bench_step", "step", *quick, *step)),
         ("experiments", 100, experiments("bandwidth", "philox", "extended")),
         ("sweep", 600, script("bench_layers", "sweep", *wide)),
         ("plots", 60, ["benchmarks/plots.py", str(out)]),

@@ -66,8 +66,9 @@ def test_passes_models_and_baselines(run):
 @pytest.mark.parametrize("scaling", [2.0, 1.0, float("nan")])
 def test_a_wrong_result_is_found(p, scaling, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import baselines
     import bench_layers
+
+    import baselines
 
     base = nn.Linear(96, 64, bias=False).requires_grad_(False)
     layer = baselines.BaselineLinear(base, 8, scaling, p, baselines.LoRAFusionSchedule)
