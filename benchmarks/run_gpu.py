@@ -9,6 +9,7 @@ say nothing about the project and go to build/benchmarks. Exit status 1 if a par
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import time
@@ -39,7 +40,9 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     def experiments(*names: str) -> list[str]:
         return ["benchmarks/experiments.py", *common, "--out", str(out), "--only", *names]
 
-    tests = [("tests", 180, ["-m", "pytest", "-q", "-m", "gpu", "tests"])]
+    files = ["tests/test_kernels_fused.py", "tests/test_kernels_gpu.py"]
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # compiling takes the time
+    tests = [("tests", 180, ["-m", "pytest", "-q", *workers, *files])]
     headline = ["--tokens", "64" if small else "8192", "--dtypes", "bf16", *quick]
     tokens = ["16"] if small else ["2048", "16384", "1", "16", "128", "512", "65536"]
     wide = ["--tokens", *tokens, "--ranks", "16", "64", "--dtypes", "bf16", "--rounds", "2"]

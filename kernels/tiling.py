@@ -57,20 +57,29 @@ def find_tile(tile, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
     return first, stop, part, b_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs"])
 def _sum_kernel(
-    slabs_ptr, out_ptr, scale, size, columns, out_stride, FIRSTS: tl.constexpr, BLOCK: tl.constexpr
+    slabs_ptr,
+    out_ptr,
+    scale,
+    slabs,
+    size,
+    columns,
+    out_stride,
+    FIRSTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """out[i, j · columns + c] = scale · Σ slabs[p, i, c] over the slabs p of part j."""
     part = tl.program_id(1)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     first = 0
-    stop = 0
-    for j in tl.static_range(len(FIRSTS) - 1):
+    stop = slabs
+    for j in tl.static_range(len(FIRSTS)):
         if part == j:
             first = FIRSTS[j]
-            stop = FIRSTS[j + 1]
+        if part == j - 1:
+            stop = FIRSTS[j]
     total = tl.zeros((BLOCK,), tl.float32)
     at = slabs_ptr + (index - index + first) * size + index  # in 64 bits
     for _ in range(first, stop):
@@ -87,14 +96,15 @@ def sum_partials(
 
     parts: how many slabs each part has, in their order; None is one part.
     """
-    counts = [slabs.shape[0]] if parts is None else parts
-    firsts = tuple(sum(counts[:j]) for j in range(len(counts) + 1))
+    counts = parts or [slabs.shape[0]]
+    firsts = tuple(sum(counts[:j]) for j in range(len(counts)))
     size, block = slabs.shape[1] * slabs.shape[2], 256
     with on_device(out):
         _sum_kernel[(triton.cdiv(size, block), len(counts))](
             slabs,
             out,
             float(scale),
+            slabs.shape[0],
             size,
             slabs.shape[2],
             out.stride(0),

@@ -41,7 +41,7 @@ CONFIGS: Table = {
 FEWEST_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "slabs", "tiles"])
 def expand_kernel(
     y_ptr,
     s_ptr,
@@ -53,7 +53,6 @@ def expand_kernel(
     R,
     r,
     slabs,
-    slab_size,
     tiles,
     SEGMENTS: tl.constexpr,
     ADD: tl.constexpr,
@@ -77,7 +76,7 @@ def expand_kernel(
             at = s_ptr + wide_rows * R + part * r + ranks[None, :]
             for _ in range(slabs):
                 s += tl.load(at, mask=inside, other=0).to(tl.float32)
-                at += slab_size
+                at += M.to(tl.int64) * R
             inside = (columns[:, None] < stop) & (ranks[None, :] < r)
             b = tl.load(b_ptr + b_rows[:, None] * r + ranks[None, :], mask=inside, other=0)
             dtype = y_ptr.dtype.element_ty
@@ -123,7 +122,6 @@ def expand(
             slabs.shape[2],
             r,
             slabs.shape[0],
-            slabs.stride(0),
             tiles,
             SEGMENTS=parts,
             ADD=add,

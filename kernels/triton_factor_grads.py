@@ -45,7 +45,7 @@ CONFIGS: Table = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "m_chunk"])
 def factor_grads_kernel(
     dy_ptr,
     s_ptr,

@@ -44,7 +44,7 @@ CONFIGS: Table = {
 PROGRAMS = 2  # a processor: the tiles are small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "level", "m_chunk"])
 def input_grads_kernel(
     x_ptr,
     ds_ptr,

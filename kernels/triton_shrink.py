@@ -45,7 +45,7 @@ FEWEST_ROWS = 16  # the least rows of a product; a tile of fewer tokens is padde
 MOST_SPLITS = 16  # more slabs cost the next kernel more than they save this one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "level"])
 def shrink_kernel(
     x_ptr,
     a_ptr,

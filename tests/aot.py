@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelParam
 
 from lora.kernels import (
     tiling,
@@ -109,13 +110,17 @@ def source(kernel: triton.JITFunction, args: tuple, options: dict) -> tuple[ASTS
             attributes[(place,)] = [["tt.divisibility", 16]]  # torch aligns its memory to 512 bytes
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif isinstance(value, int) and not kernel.params[place].is_constexpr and value != 1:
+        elif isinstance(value, int) and not _is_constant(kernel.params[place], value):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[place].do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[(place,)] = "constexpr", value
     return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _is_constant(parameter: KernelParam, value: int) -> bool:
+    return parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize)
 
 
 def target(arch: str) -> GPUTarget:

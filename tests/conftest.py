@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
+import importlib.metadata  # noqa: E402
 import os  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpreted():
+    """The environment of a process in which Triton interprets its kernels."""
+    pytest.importorskip("triton")
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 7):
+        pytest.skip(f"the interpreter of Triton {version} does not run on today's numpy")
+    return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
 @pytest.fixture

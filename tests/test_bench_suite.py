@@ -118,7 +118,7 @@ def test_rows_of_other_kernels_are_stale(tmp_path):
     assert line.startswith("stale: old.csv is of 0123456789ab")
 
 
-def test_the_experiments_kernels_in_the_interpreter():
+def test_the_experiments_kernels_in_the_interpreter(interpreted):
     code = """
 import sys
 sys.path.insert(0, "benchmarks")
@@ -133,5 +133,5 @@ for tma in (False, True):
     y = experiments.extend(x, s, w, b, tma, (32, 32, 32, 4, 2), 3)
     torch.testing.assert_close(y, x @ w.t() + s @ b.t(), rtol=1e-4, atol=1e-4)
 """
-    done = script("-c", code, TRITON_INTERPRET="1")
+    done = script("-c", code, **interpreted)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """Two processes give one process's gradients: DDP and FSDP2 on both paths, DTensors on PyTorch's."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -21,13 +20,11 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
         ("dtensor", "auto"),
     ],
 )
-def test_two_processes_give_the_gradients_of_one(case, impl):
-    if impl == "triton" and not importlib.util.find_spec("triton"):
-        pytest.skip("Triton is for Linux alone")
-    interpreted = {"TRITON_INTERPRET": "1"} if impl == "triton" else {}
+def test_two_processes_give_the_gradients_of_one(case, impl, request):
+    environment = request.getfixturevalue("interpreted") if impl == "triton" else os.environ
     done = subprocess.run(
         [*LAUNCH, str(Path(__file__).with_name("distributed_cases.py")), case],
-        env={**os.environ, "LORA_KERNELS": impl, "OMP_NUM_THREADS": "1", **interpreted},
+        env={**environment, "LORA_KERNELS": impl, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
