@@ -44,12 +44,6 @@ def _mask(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
     return (seed if level > 0 else None), level
 
 
-def _operands(like: Tensor, *factors: Tensor) -> list[Tensor]:
-    """Factors as the kernels read them: cast once if many tiles would cast them again and again."""
-    few = like.shape[:-1].numel() <= FEW_TOKENS
-    return [(f if few else f.to(like.dtype)).contiguous() for f in factors]
-
-
 @torch.library.custom_op("lora::fused_forward", mutates_args=())
 def fused_forward(
     x: Tensor,
@@ -77,7 +71,8 @@ def fused_forward(
         return F.linear(x, weight, bias), s.zero_()
     x2, (seed, level) = matrix(x), _mask(seed, p)
     few = m <= FEW_TOKENS
-    A, B = _operands(x, lora_A, lora_B)
+    # Many tiles would each cast the factors again; for a few a launch is worth more.
+    A, B = (f.contiguous() if few else f.to(dtype).contiguous() for f in (lora_A, lora_B))
     slabs = shrink(x2, A, seed, level)
     if keep_s or not few:
         full = slabs[0] if len(slabs) == 1 else sum_partials(slabs, x.new_empty((m, r)))
@@ -131,7 +126,7 @@ def fused_backward(
         return tuple(z if n else e for z, n, e in zip(zeros, needs, empty, strict=True))  # type: ignore[return-value]
     dy2, (seed, level) = matrix(dy), _mask(seed, p)
     alpha = scaling * (keep_scale(p) if seed is not None else 1)
-    A, B = _operands(dy, lora_A, lora_B)
+    A, B = (f.to(dy.dtype).contiguous() for f in (lora_A, lora_B))
     dx = dA = None
     with ops.autocast_off(dy.device):
         ds, dB = factor_grads(

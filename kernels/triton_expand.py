@@ -31,7 +31,6 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    ("default", 32): Config(rows=64, columns=128, warps=4, stages=1),
     ("default", 128): Config(rows=64, columns=128, warps=8, stages=1),
     ("sm_90", 128): Config(rows=128, columns=128, warps=8, stages=1),
     ("sm_100", 128): Config(rows=128, columns=128, warps=8, stages=1),

@@ -48,7 +48,8 @@ def patch(
     The selection is PEFT's (its `LoraConfig` documents it); one A for each targeted module.
 
     Args:
-        model: changed in place and returned. Its output stays the same to the bit until B trains.
+        model: changed in place and returned. Its output stays the same to the bit until B trains
+            (on a GPU: see README, Limits).
         target_modules: names or dotted suffixes of modules; or one regular expression that must
             match a whole name; or "all-linear", every linear layer but the output head.
         r, lora_alpha, lora_dropout: as in the layers; dropout does not act on embeddings.

@@ -165,18 +165,19 @@ def passes(
     def meta(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    R, enabled = r * len(rows), sum(stop - start for start, stop in rows)
-    A, B = meta(R, k, dtype=factors), meta(enabled, r, dtype=factors)
+    R, enabled, few = r * len(rows), sum(stop - start for start, stop in rows), m <= 64
+    A, B = meta(R, k), meta(enabled, r)
+    read_A, read_B = (meta(*f.shape, dtype=factors) if few else f for f in (A, B))
     x, dy, s = meta(m, k), meta(m, n), meta(m, R)
     seed, level = (meta(1, dtype=torch.int64), 3277) if p else (None, 0)
 
     def run() -> None:
-        slabs = triton_shrink.shrink(x, A, seed, level)
+        slabs = triton_shrink.shrink(x, read_A, seed, level)
         if len(slabs) > 1:
             tiling.sum_partials(slabs, meta(m, R))
-        triton_expand.expand(dy, slabs, B, None, 2.0, rows, add=m <= 64)
-        triton_factor_grads.factor_grads(dy, s, B, 2.0, rows, True, True)
-        triton_input_grads.input_grads(x, s, A, 2.0, seed, level, True, True)
+        triton_expand.expand(dy, slabs, read_B, None, 2.0, rows, add=few)
+        triton_factor_grads.factor_grads(dy, s, B, 2.0, rows, True, True, factors)
+        triton_input_grads.input_grads(x, s, A, 2.0, seed, level, True, True, factors)
 
     return run
 
@@ -198,8 +199,12 @@ def cases(everything: bool):
             label = f"{str(dtype)[6:]} r={r} x {len(rows)}, M={m}, p={p}"
             yield arch, passes(dtype, m, 9216, 3072, r, rows, p, dtype), label
     for arch in SHARED:
-        for r in (16, 64):
-            yield arch, passes(bf16, 16, 9216, 3072, r, QKV, 0.05, fp32), f"fp32 factors, r={r} x 3"
+        for m, r in ((16, 16), (16, 64), (8192, 16)):
+            yield (
+                arch,
+                passes(bf16, m, 9216, 3072, r, QKV, 0.05, fp32),
+                f"fp32 factors, r={r} x 3, M={m}",
+            )
         yield arch, passes(bf16, 8192, 9217, 3073, 9, ((1, 9217),), 0.05, bf16), "odd sizes, r=9"
         for r in (8, 9):
             yield arch, passes(bf16, 8192, 9216, 3072, r, QKV, 0.05, bf16), f"r={r} x 3"
