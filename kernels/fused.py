@@ -21,6 +21,7 @@ GEMM library takes the same kernel for beta = 1 as for beta = 0.
 Gradients of gradients are computed by PyTorch (ops.py) on the same mask.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def fused_forward(
 
 @fused_forward.register_fake
 def _(x, weight, bias, lora_A, lora_B, seed, p, scaling, rows, keep_s):  # type: ignore[no-untyped-def]
-    m = x.shape[:-1].numel() if keep_s else 0
+    m = math.prod(x.shape[:-1]) if keep_s else 0  # Size.numel() would fix a dynamic size
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((m, lora_A.shape[0]))
 
 
@@ -177,7 +178,7 @@ def _bits(ctx: Any, seed: Tensor | None) -> tuple[Tensor | None, float]:
     """The mask as ops.py takes it, and α."""
     if seed is None:
         return None, ctx.scaling
-    rows, columns = ctx.x_shape[:-1].numel(), ctx.x_shape[-1]
+    rows, columns = math.prod(ctx.x_shape[:-1]), ctx.x_shape[-1]
     return seeded_keep_bits(seed, rows, columns, ctx.p), ctx.scaling * keep_scale(ctx.p)
 
 

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -352,6 +353,20 @@ def test_a_training_step_compiles_whole(layer, backend, tokens):
         model.zero_grad()
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_one_dynamic_graph_serves_few_and_many_tokens(layer):
+    torch._dynamo.reset()
+    layer.lora_dropout.p = 0.0
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for tokens in (5, 70, 33, 90, 64, 65):
+        x = torch.randn(tokens, 24, device=DEVICE)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+        y.square().sum().backward()
+    assert counter.frame_count <= 2  # a static graph first, then one for all sizes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
