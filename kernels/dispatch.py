@@ -78,8 +78,8 @@ def lora_linear(
 
     if lora_A.shape[0] == 0:  # rank 0, or no enabled part
         return F.linear(x, weight, bias)
-    x = _cast(x, weight)
-    path, reason = _choose(impl, x, weight, lora_A, lora_B)
+    x = x.to(_product_dtype(x, weight))
+    path, reason = _choose(impl, x, x.dtype, weight, lora_A, lora_B)
     if impl == "triton" and path != "triton":
         raise RuntimeError(
             f'impl="triton" (or {_VARIABLE}=triton) cannot run here: {reason}; '
@@ -101,17 +101,21 @@ def lora_linear(
     if path == "triton":
         drawn = _seed(x, seed) if dropout_p > 0 else None
         edges = [edge for pair in parts for edge in pair]
-        trains = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, weight, bias, lora_A, lora_B)
-        )
+        keep_s = torch.is_grad_enabled() and lora_B.requires_grad
         tensors = (x, weight, bias, lora_A, lora_B, drawn)
-        y: Tensor = fused_forward(*tensors, float(dropout_p), float(scaling), edges, trains)[0]
+        y: Tensor = fused_forward(*tensors, float(dropout_p), float(scaling), edges, keep_s)[0]
         return y
     bits, alpha = None, float(scaling)
     if dropout_p > 0:
         bits = _draw(x, dropout_p, seed)
         alpha *= keep_scale(dropout_p)
-    y = LoRALinear.apply(x, weight, bias, lora_A, lora_B, bits, alpha, parts)[0]  # type: ignore[no-untyped-call]
+    tensors = (x, weight, bias, lora_A, lora_B)
+    # A Function's call costs several small products: without gradients its forward is called itself.
+    records = torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+    run = LoRALinear.apply if records else LoRALinear.forward
+    y = run(*tensors, bits, alpha, parts)[0]
     return y
 
 
@@ -123,18 +127,22 @@ def explain(
     lora_B: Tensor,
     scaling: float = 1.0,
     *,
+    splits: Sequence[int] | None = None,
+    enabled: Sequence[bool] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     impl: str | None = None,
-    **options: object,
 ) -> str:
     """Which code `lora_linear` takes for these arguments, and why, in one sentence.
 
-    Nothing is computed. "triton: ..." are the fused kernels, "torch: ..." is PyTorch. Raises
-    ValueError for an unknown impl, and nothing for one that cannot run: the sentence says so.
+    Nothing is computed. "triton: ..." are the fused kernels, "torch: ..." is PyTorch. Raises what
+    `lora_linear` raises for an unknown impl and for dtypes that do not fit; of an impl that cannot
+    run the sentence tells why.
     """
     impl = _requested(impl)
     if lora_A.shape[0] == 0:
-        return "torch: the rank is 0, so this is the frozen layer alone"
-    path, reason = _choose(impl, _cast(x, weight), weight, lora_A, lora_B)
+        return "torch: of rank 0, or with no part enabled, this is the frozen layer alone"
+    path, reason = _choose(impl, x, _product_dtype(x, weight), weight, lora_A, lora_B)
     return f"{'triton' if path == 'triton' else 'torch'}: {reason}"
 
 
@@ -146,21 +154,21 @@ def _requested(impl: str | None) -> str:
     return impl
 
 
-def _cast(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the dtype of the products."""
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """autocast's where it is on and applies, else that of both."""
     autocast = autocast_dtype(x.device)
     if autocast is not None and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(autocast)
+        return autocast
     if x.dtype != weight.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight is {weight.dtype}: expected the same dtype; "
             f"pass x.to({weight.dtype}) or run under torch.autocast({x.device.type!r})"
         )
-    return x
+    return x.dtype
 
 
 def _choose(
-    impl: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+    impl: str, x: Tensor, dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Tensor
 ) -> tuple[str, str]:
     """("triton" | "torch" | "formula", why): the formula is PyTorch that anything can look into."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -176,14 +184,14 @@ def _choose(
         return "torch", f"a {wrapped[0]} is not a plain tensor"
     if torch._C._are_functorch_transforms_active():
         return "torch", "a torch.func transform is active"
-    if x.dtype not in _FUSED_DTYPES:
-        return "torch", f"there are no fused kernels for {x.dtype}"
+    if dtype not in _FUSED_DTYPES:
+        return "torch", f"there are no fused kernels for {dtype}"
     if lora_B.shape[1] > _LARGEST_RANK:
         return "torch", f"r = {lora_B.shape[1]} is above {_LARGEST_RANK}"
     obstacle = _obstacle(x.device, impl == "triton")
     if obstacle:
         return "torch", obstacle
-    return "triton", f"{x.dtype} on {x.device.type} runs the fused kernels"
+    return "triton", f"{dtype} on {x.device.type} runs the fused kernels"
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
@@ -206,10 +214,12 @@ def _find_obstacle(device: torch.device, explicit: bool) -> str:
     """Why Triton cannot run on this device; empty if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "" if explicit else 'on a CPU the kernels are interpreted, and only if impl="triton"'
     if device.type != "cuda":
-        if device.type == "cpu" and explicit and os.environ.get("TRITON_INTERPRET") == "1":
-            return ""
         return f"the tensors are on {device.type!r}, the fused kernels need a CUDA or ROCm GPU"
+    if not torch.cuda.is_available():
+        return "there is no GPU that can be used (torch.cuda.is_available() is False)"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor} is below 8.0"

@@ -68,26 +68,26 @@ def fused_forward(
     s = x.new_empty((m if keep_s else 0, r))
     bias = None if bias is None else bias.to(dtype)
     weight = weight.to(dtype)
-    if m == 0 or n == 0 or k == 0:
+    if m == 0 or k == 0 or lora_B.numel() == 0:
         return F.linear(x, weight, bias), s.zero_()
     x2, (seed, level) = matrix(x), _mask(seed, p)
     few = m <= FEW_TOKENS
-    # Many tiles would each cast the factors again; for a few a launch is worth more.
-    A, B = (f.contiguous() if few else f.to(dtype).contiguous() for f in (lora_A, lora_B))
-    slabs = shrink(x2, A, seed, level)
+    A, B = lora_A.contiguous(), lora_B.contiguous()
+    # Every tile of rows reads A; of few tokens there are few tiles, and a launch would cost more.
+    slabs = shrink(x2, A if few else A.to(dtype), seed, level)
     if keep_s or not few:
         full = slabs[0] if len(slabs) == 1 else sum_partials(slabs, x.new_empty((m, r)))
         s, slabs = (full if keep_s else s), full[None]
     alpha = scaling * (keep_scale(p) if seed is not None else 1)
     with ops.autocast_off(x.device):
         if few:
-            y = F.linear(x2, weight, bias)
-            expand(y, slabs, B, None, alpha, _pairs(rows), add=True)
+            y = F.linear(x, weight, bias)
+            expand(y.view(m, n), slabs, B, None, alpha, _pairs(rows), add=True)
         else:
-            y = x.new_empty((m, n))
-            expand(y, slabs, B, bias, alpha, _pairs(rows), add=False)
-            y.addmm_(x2, weight.t())
-    return y.view(*x.shape[:-1], n), s
+            y = x.new_empty((*x.shape[:-1], n))
+            expand(y.view(m, n), slabs, B, bias, alpha, _pairs(rows), add=False)
+            y.view(m, n).addmm_(x2, weight.t())
+    return y, s
 
 
 @fused_forward.register_fake
@@ -121,21 +121,21 @@ def fused_backward(
     need_x, need_A, need_B = needs
     k = lora_A.shape[1]
     empty = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    if dy.numel() == 0 or k == 0:
-        shapes = ((*dy.shape[:-1], k), lora_A.shape, lora_B.shape)
-        zeros = (e.new_zeros(shape) for e, shape in zip(empty, shapes, strict=True))
-        return tuple(z if n else e for z, n, e in zip(zeros, needs, empty, strict=True))  # type: ignore[return-value]
+    if dy.numel() == 0 or k == 0 or lora_B.numel() == 0:
+        return (
+            empty[0] if weight is None or not need_x else F.linear(dy, weight.to(dy.dtype).t()),
+            torch.zeros_like(lora_A) if need_A else empty[1],
+            torch.zeros_like(lora_B) if need_B else empty[2],
+        )
     dy2, (seed, level) = matrix(dy), _mask(seed, p)
     alpha = scaling * (keep_scale(p) if seed is not None else 1)
-    A, B = (f.to(dy.dtype).contiguous() for f in (lora_A, lora_B))
+    A, B = lora_A.contiguous(), lora_B.contiguous()
     dx = dA = None
     with ops.autocast_off(dy.device):
-        ds, dB = factor_grads(
-            dy2, s, B, alpha, _pairs(rows), need_x or need_A, need_B, lora_B.dtype
-        )
+        ds, dB = factor_grads(dy2, s, B, alpha, _pairs(rows), need_x or need_A, need_B)
         if ds is not None:
             x2 = matrix(x) if x is not None and need_A else None
-            dx, dA = input_grads(x2, ds, A, alpha, seed, level, need_x, need_A, lora_A.dtype)
+            dx, dA = input_grads(x2, ds, A, alpha, seed, level, need_x, need_A)
         if dx is not None and weight is not None:
             dx = dx.addmm_(dy2, weight.to(dy.dtype)).view(*dy.shape[:-1], k)
     return tuple(e if g is None else g for g, e in zip((dx, dA, dB), empty, strict=True))  # type: ignore[return-value]
@@ -169,8 +169,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[A
         rows = [edge for pair in ctx.rows for edge in pair]
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         tensors = (x if needs[1] else None, weight, lora_A, lora_B, seed, s)
-        grads = fused_backward(grad_y, *tensors, ctx.p, ctx.scaling, rows, needs)
-        grad_x, grad_A, grad_B = (g if n else None for g, n in zip(grads, needs, strict=True))
+        grad_x = grad_A = grad_B = None
+        if any(needs):
+            grads = fused_backward(grad_y, *tensors, ctx.p, ctx.scaling, rows, needs)
+            grad_x, grad_A, grad_B = (g if n else None for g, n in zip(grads, needs, strict=True))
         return grad_x, *ops.frozen_gradients(ctx, x, grad_y), grad_A, grad_B, *none
 
 

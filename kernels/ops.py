@@ -20,6 +20,7 @@ output is the frozen layer's to the bit; in backward the small product comes fir
 masked before the big one may be added.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -173,3 +174,7 @@ def frozen_gradients(ctx: Any, x: Tensor | None, grad_y: Tensor) -> tuple[Tensor
     if ctx.needs_input_grad[2]:
         grad_bias = dy.sum(0).to(ctx.bias_dtype)
     return grad_weight, grad_bias
+
+
+# Function.apply reads the signature at every call, which takes longer than a small product.
+LoRALinear.forward.__signature__ = inspect.signature(LoRALinear.forward)  # type: ignore[attr-defined]

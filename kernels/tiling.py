@@ -7,6 +7,7 @@ A product whose reduction is split over programs is written as partial results i
 program, and `sum_partials` adds the slabs in their order: no atomics, so two runs are equal to the bit.
 """
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -16,18 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Rows = tuple[tuple[int, int], ...]
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from .ops import Rows
 
 
 @triton.jit
-def keep_mask(seed_ptr, rows, first_column, level, BLOCK: tl.constexpr):
+def keep_mask(seed, rows, first_column, level, BLOCK: tl.constexpr):
     """m of a tile, (rows, BLOCK) bool; first_column is a multiple of 8, level is p' · 2^16.
 
     One Philox call gives the 16-bit lanes of eight neighbours in a row (see dropout.py); joined in the
     order (word / 2, word % 2, half), they lie as the row does.
     """
-    seed = tl.load(seed_ptr)
     block = first_column // 8 + tl.arange(0, BLOCK // 8)
     columns = block[None, :] + tl.zeros_like(rows)[:, None]
     lines = rows[:, None] + tl.zeros_like(block)[None, :]
@@ -57,7 +56,7 @@ def find_tile(tile, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
     return first, stop, part, b_row
 
 
-@triton.jit(do_not_specialize=["slabs"])
+@triton.jit(do_not_specialize=["slabs", "size"])
 def _sum_kernel(
     slabs_ptr,
     out_ptr,
@@ -100,7 +99,7 @@ def sum_partials(
     firsts = tuple(sum(counts[:j]) for j in range(len(counts)))
     size, block = slabs.shape[1] * slabs.shape[2], 256
     with on_device(out):
-        _sum_kernel[(triton.cdiv(size, block), len(counts))](
+        _sum_kernel[(cdiv(size, block), len(counts))](
             slabs,
             out,
             float(scale),
@@ -126,6 +125,7 @@ def matrix(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+@functools.cache
 def segments(rows: Rows, columns: int | None = None) -> tuple[tuple[int, int, int, int], ...]:
     """(start, stop, part, first row in B) of every enabled part; with columns the gaps too (-1)."""
     found, b_row, at = [], 0, 0
@@ -141,8 +141,9 @@ def segments(rows: Rows, columns: int | None = None) -> tuple[tuple[int, int, in
 
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products run in TF32 only if the user's setting lets PyTorch's do so."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class Config(NamedTuple):
@@ -154,37 +155,54 @@ class Config(NamedTuple):
     stages: int
 
 
-Table = Mapping[tuple[str, int], Config]
+Table = Mapping[str, Mapping[int, Config]]
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "interpreter" without a GPU."""
+    """ "sm_90", "gfx942", ...; "interpreter" without a GPU. All of Blackwell's 10.x is "sm_100"."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "sm_100" if major == 10 else f"sm_{major}{minor}"
 
 
 def choose(table: Table, arch: str, rank: int, like: Tensor, *strides: int) -> tuple[int, Config]:
     """(padded rank of a tile, its config) for an architecture, or else the default.
 
-    The keys are (architecture, largest padded rank); a rank above all of them is walked in blocks.
-    Four-byte elements have rows of their own, for every GPU: without TF32 their products run on the
-    plain units, whose operands fill the registers. Strides that are no multiple of 16 forbid wide
-    loads, whose place many pointers take: the small tiles of the default.
+    An architecture's configs stand by the largest padded rank they serve, in rising order; a rank above
+    all of them is walked in blocks. Four-byte elements have configs of their own, for every GPU: their
+    products without TF32 run on the plain units, whose operands fill the registers. Strides that are
+    no multiple of 16 forbid wide loads, whose place many pointers take: the small tiles of the default.
     """
     if arch != "interpreter":
         if like.element_size() == 4:
             arch = "fp32"
-        elif any(stride % 16 for stride in strides) or not any(name == arch for name, _ in table):
+        elif arch not in table or any(stride % 16 for stride in strides):
             arch = "default"
-    sizes = sorted(size for name, size in table if name == arch)
-    padded = min(max(16, triton.next_power_of_2(rank)), sizes[-1])  # tl.dot takes 16 and more
-    return padded, table[arch, next(size for size in sizes if size >= padded)]
+    configs = table[arch]
+    padded = min(max(16, _power_of_two(rank)), max(configs))  # tl.dot takes 16 and more
+    return padded, next(config for size, config in configs.items() if size >= padded)
 
 
+def tile_rows(config: Config, m: int) -> int:
+    """Rows of a tile: fewer for few tokens, but no fewer than the 16 that `tl.dot` takes."""
+    return min(config.rows, max(16, _power_of_two(m)))
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's own costs 2 µs a call."""
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """How many programs fill the device."""
     if device.type != "cuda":
@@ -194,7 +212,7 @@ def processors(device: torch.device) -> int:
 
 def chunk(length: int, block: int, splits: int) -> int:
     """The least multiple of block with which `splits` chunks cover length."""
-    return block * triton.cdiv(triton.cdiv(length, block), splits)
+    return block * cdiv(cdiv(length, block), splits)
 
 
 def options(warps: int, stages: int) -> dict[str, Any]:

@@ -17,27 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ops import Rows
 from .tiling import (
     Config,
-    Rows,
     Table,
     architecture,
+    cdiv,
     choose,
     dot_precision,
     find_tile,
     on_device,
     options,
     segments,
+    tile_rows,
 )
 
 CONFIGS: Table = {
-    ("default", 128): Config(rows=64, columns=256, warps=8, stages=1),
-    ("sm_90", 128): Config(rows=128, columns=128, warps=8, stages=1),
-    ("sm_100", 128): Config(rows=128, columns=128, warps=8, stages=1),
-    ("fp32", 16): Config(rows=64, columns=64, warps=4, stages=1),
-    ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
+    "default": {128: Config(rows=64, columns=256, warps=8, stages=1)},
+    "sm_90": {128: Config(rows=128, columns=128, warps=8, stages=1)},
+    "sm_100": {128: Config(rows=128, columns=128, warps=8, stages=1)},
+    "fp32": {16: Config(rows=64, columns=64, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=16, columns=32, warps=4, stages=1)},
 }
-FEWEST_ROWS = 16
 
 
 @triton.jit(do_not_specialize=["M", "slabs", "tiles"])
@@ -106,11 +107,11 @@ def expand(
     """
     (m, n), r = y.shape, lora_B.shape[1]
     block_r, config = choose(CONFIGS, architecture(y.device), r, y, n)
-    block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
+    block_m = tile_rows(config, m)
     parts = segments(rows, None if add else n)
-    tiles = sum(triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts)
+    tiles = sum(cdiv(stop - start, config.columns) for start, stop, *_ in parts)
     with on_device(y):
-        expand_kernel[(triton.cdiv(m, block_m) * tiles,)](
+        expand_kernel[(cdiv(m, block_m) * tiles,)](
             y,
             slabs,
             lora_B,

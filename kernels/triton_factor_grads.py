@@ -7,8 +7,9 @@ split. In PyTorch dY is read twice for every part.
 
 A program owns a tile of columns of one part and a chunk of rows: dB of the tile stays in registers
 while it walks down the rows, and each step leaves a slab of dS, one a tile of columns. The chunks are
-as long as a full device allows. The slabs are then added in order (`sum_partials`): no atomics. A rank
-above 128 takes several programs, each reading dY. α stays out of dS. Not handled: dY with strided rows.
+as long as a full device allows. The slabs are then added in order (`sum_partials`): no atomics. The
+slabs of dS grow with the rank; where they would exceed a quarter of dY, dS is PyTorch's product and dY
+is read twice, as it is if the rank is above the largest block. α stays out of dS.
 """
 
 import torch
@@ -16,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ops import Rows
 from .tiling import (
     Config,
-    Rows,
     Table,
     architecture,
+    cdiv,
     choose,
     chunk,
     dot_precision,
@@ -33,16 +35,29 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    ("default", 128): Config(rows=32, columns=64, warps=4, stages=2),
-    ("sm_80", 128): Config(rows=64, columns=128, warps=8, stages=2),
-    ("sm_90", 16): Config(rows=64, columns=512, warps=8, stages=2),
-    ("sm_90", 64): Config(rows=64, columns=256, warps=8, stages=3),
-    ("sm_90", 128): Config(rows=64, columns=128, warps=8, stages=3),
-    ("sm_100", 64): Config(rows=64, columns=256, warps=8, stages=3),
-    ("sm_100", 128): Config(rows=64, columns=128, warps=8, stages=2),
-    ("fp32", 32): Config(rows=32, columns=32, warps=4, stages=2),
-    ("interpreter", 32): Config(rows=16, columns=32, warps=4, stages=1),
+    "default": {
+        16: Config(rows=32, columns=128, warps=4, stages=2),
+        128: Config(rows=32, columns=64, warps=4, stages=2),
+    },
+    "sm_80": {
+        16: Config(rows=64, columns=256, warps=8, stages=2),
+        128: Config(rows=64, columns=128, warps=8, stages=2),
+    },
+    "sm_90": {
+        64: Config(rows=64, columns=512, warps=8, stages=2),
+        128: Config(rows=64, columns=128, warps=8, stages=3),
+    },
+    "sm_100": {
+        64: Config(rows=64, columns=256, warps=8, stages=3),
+        128: Config(rows=64, columns=128, warps=8, stages=2),
+    },
+    "fp32": {
+        16: Config(rows=64, columns=128, warps=8, stages=2),
+        32: Config(rows=32, columns=32, warps=4, stages=2),
+    },
+    "interpreter": {32: Config(rows=16, columns=32, warps=4, stages=1)},
 }
+MOST_SLABS = 0.25  # of dY's bytes, written and read: with more, reading dY twice moves less
 
 
 @triton.jit(do_not_specialize=["M", "m_chunk"])
@@ -101,23 +116,30 @@ def factor_grads(
     rows: Rows,
     need_ds: bool,
     need_db: bool,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dS in dY's dtype, dB in `dtype` or else B's), None for what is not needed.
+    """(dS in dY's dtype, dB in B's), None for what is not needed.
 
     dy (M, N) with unit stride in the rows; s (M, n·r), for dB, and lora_B contiguous.
     """
     (m, _), r, arch = dy.shape, lora_B.shape[1], architecture(dy.device)
     block_r, config = choose(CONFIGS, arch, r, dy, dy.stride(0))
     parts = segments(rows)
-    tiles = [triton.cdiv(stop - start, config.columns) for start, stop, *_ in parts]
-    splits = max(processors(dy.device) // sum(tiles), 1)
-    m_chunk = chunk(m, config.rows, splits)
-    splits = triton.cdiv(m, m_chunk)
-    ds_slabs = dy.new_empty((sum(tiles), m, r), dtype=torch.float32) if need_ds else None
+    tiles = [cdiv(stop - start, config.columns) for start, stop, *_ in parts]
+    slabs_of_ds = 4 * r / (config.columns * dy.element_size())  # over dY
+    fused_ds = need_ds and slabs_of_ds <= MOST_SLABS
+    ds = dy.new_empty((m, len(parts) * r)) if need_ds else None
+    if ds is not None and not fused_ds:
+        for start, stop, part, b_row in parts:
+            factor = lora_B[b_row : b_row + stop - start].to(dy.dtype)
+            torch.mm(dy[:, start:stop], factor, out=ds[:, part * r : (part + 1) * r])
+    if not fused_ds and not need_db:
+        return ds, None
+    m_chunk = chunk(m, config.rows, max(processors(dy.device) // sum(tiles), 1))
+    splits = cdiv(m, m_chunk)
+    ds_slabs = dy.new_empty((sum(tiles), m, r), dtype=torch.float32) if fused_ds else None
     db_slabs = dy.new_empty((splits, *lora_B.shape), dtype=torch.float32) if need_db else None
     with on_device(dy):
-        factor_grads_kernel[(sum(tiles), splits, triton.cdiv(r, block_r))](
+        factor_grads_kernel[(sum(tiles), splits, cdiv(r, block_r))](
             dy,
             s,
             lora_B,
@@ -130,7 +152,7 @@ def factor_grads(
             dy.stride(0),
             m_chunk,
             SEGMENTS=parts,
-            NEED_DS=need_ds,
+            NEED_DS=fused_ds,
             NEED_DB=need_db,
             PRECISION=dot_precision(dy.dtype),
             BLOCK_M=config.rows,
@@ -138,9 +160,8 @@ def factor_grads(
             BLOCK_R=block_r,
             **options(config.warps, config.stages),
         )
-    ds = db = None
-    if ds_slabs is not None:
-        ds = sum_partials(ds_slabs, dy.new_empty((m, len(parts) * r)), parts=tiles)
-    if db_slabs is not None:
-        db = sum_partials(db_slabs, torch.empty_like(lora_B, dtype=dtype), alpha)
-    return ds, db
+    if ds is not None and ds_slabs is not None:
+        sum_partials(ds_slabs, ds, parts=tiles)
+    if db_slabs is None:
+        return ds, None
+    return ds, sum_partials(db_slabs, torch.empty_like(lora_B), alpha)

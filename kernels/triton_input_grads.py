@@ -2,7 +2,7 @@
 """dA = α dSᵀ (m ∘ x) and dX0 = α m ∘ (dS A) in one pass over x's shape.
 
 x and dX0 (M, K), dS (M, R), A and dA (R, K); R counts the factors of all parts. m is made again
-from the seed, once for both. The frozen product is then accumulated on dX0 by the GEMM
+from the seed. The frozen product is then accumulated on dX0 by the GEMM
 (`dX0.addmm_(dY, W)`). Bytes: x once, dX0 once, and fp32 slabs of dA. In PyTorch it is six passes: x̂ is
 made again, dS A is written, masked, and added.
 
@@ -20,6 +20,7 @@ from .tiling import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     chunk,
     dot_precision,
@@ -31,15 +32,19 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    ("default", 64): Config(rows=16, columns=64, warps=4, stages=2),
-    ("sm_80", 64): Config(rows=64, columns=64, warps=8, stages=2),
-    ("sm_90", 16): Config(rows=64, columns=128, warps=8, stages=3),
-    ("sm_90", 64): Config(rows=64, columns=64, warps=4, stages=2),
-    ("sm_90", 128): Config(rows=64, columns=64, warps=8, stages=2),
-    ("sm_100", 64): Config(rows=64, columns=128, warps=8, stages=2),
-    ("sm_100", 128): Config(rows=64, columns=64, warps=8, stages=2),
-    ("fp32", 16): Config(rows=16, columns=64, warps=4, stages=1),
-    ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
+    "default": {64: Config(rows=16, columns=64, warps=4, stages=2)},
+    "sm_80": {64: Config(rows=64, columns=64, warps=8, stages=2)},
+    "sm_90": {
+        16: Config(rows=64, columns=128, warps=8, stages=3),
+        64: Config(rows=64, columns=64, warps=4, stages=2),
+        128: Config(rows=64, columns=32, warps=8, stages=2),
+    },
+    "sm_100": {
+        64: Config(rows=64, columns=128, warps=8, stages=2),
+        128: Config(rows=64, columns=64, warps=8, stages=2),
+    },
+    "fp32": {16: Config(rows=16, columns=64, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=16, columns=16, warps=4, stages=1)},
 }
 PROGRAMS = 2  # a processor: the tiles are small
 
@@ -76,6 +81,8 @@ def input_grads_kernel(
     if NEED_DX:
         a = tl.load(a_ptr + of_a, mask=inside_a, other=0).to(dtype)
     da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for m in range(split * m_chunk, min(M, (split + 1) * m_chunk), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         wide_rows = rows.to(tl.int64)[:, None]
@@ -85,7 +92,7 @@ def input_grads_kernel(
             of_ds + ranks[None, :], mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0
         )
         if DROPOUT:
-            keep = keep_mask(seed_ptr, rows, first, level, BLOCK_K)
+            keep = keep_mask(seed, rows, first, level, BLOCK_K)
         if NEED_DA:
             x = tl.load(x_ptr + wide_rows * x_stride + columns[None, :], mask=inside, other=0)
             if DROPOUT:
@@ -120,18 +127,17 @@ def input_grads(
     level: int,
     need_dx: bool,
     need_da: bool,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dX0 (M, K) in dS's dtype, dA in `dtype` or else A's), None for what is not needed.
+    """(dX0 (M, K) in dS's dtype, dA in A's), None for what is not needed.
 
     x (M, K) with unit stride in the rows, for dA alone; ds (M, R) and lora_A (R, K) contiguous.
     """
     (m, r), k = ds.shape, lora_A.shape[1]
     block_r, config = choose(CONFIGS, architecture(ds.device), r, ds, k)
-    tiles, rank_blocks = triton.cdiv(k, config.columns), triton.cdiv(r, block_r)
+    tiles, rank_blocks = cdiv(k, config.columns), cdiv(r, block_r) if need_da else 1
     splits = PROGRAMS * processors(ds.device) // (tiles * rank_blocks)
     m_chunk = chunk(m, config.rows, max(splits, 1))
-    splits = triton.cdiv(m, m_chunk)
+    splits = cdiv(m, m_chunk)
     dx = ds.new_empty((m, k)) if need_dx else None
     slabs = ds.new_empty((splits, r, k), dtype=torch.float32) if need_da else None
     with on_device(ds):
@@ -160,4 +166,4 @@ def input_grads(
         )
     if slabs is None:
         return dx, None
-    return dx, sum_partials(slabs, torch.empty_like(lora_A, dtype=dtype), alpha)
+    return dx, sum_partials(slabs, torch.empty_like(lora_A), alpha)

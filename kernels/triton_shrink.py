@@ -20,6 +20,7 @@ from .tiling import (
     Config,
     Table,
     architecture,
+    cdiv,
     choose,
     chunk,
     dot_precision,
@@ -27,21 +28,30 @@ from .tiling import (
     on_device,
     options,
     processors,
+    tile_rows,
 )
 
 CONFIGS: Table = {
-    ("default", 64): Config(rows=64, columns=64, warps=4, stages=2),
-    ("default", 128): Config(rows=64, columns=32, warps=4, stages=2),
-    ("sm_80", 64): Config(rows=64, columns=64, warps=4, stages=4),
-    ("sm_80", 128): Config(rows=64, columns=64, warps=4, stages=3),
-    ("sm_90", 64): Config(rows=64, columns=128, warps=4, stages=4),
-    ("sm_90", 128): Config(rows=64, columns=64, warps=4, stages=4),
-    ("sm_100", 64): Config(rows=64, columns=128, warps=4, stages=4),
-    ("sm_100", 128): Config(rows=64, columns=64, warps=4, stages=4),
-    ("fp32", 32): Config(rows=32, columns=32, warps=4, stages=2),
-    ("interpreter", 32): Config(rows=16, columns=16, warps=4, stages=1),
+    "default": {
+        64: Config(rows=64, columns=64, warps=4, stages=2),
+        128: Config(rows=64, columns=32, warps=4, stages=2),
+    },
+    "sm_80": {
+        64: Config(rows=64, columns=64, warps=4, stages=4),
+        128: Config(rows=64, columns=64, warps=4, stages=3),
+    },
+    "sm_90": {
+        64: Config(rows=64, columns=128, warps=4, stages=3),
+        128: Config(rows=64, columns=64, warps=4, stages=4),
+    },
+    "sm_100": {
+        64: Config(rows=64, columns=128, warps=4, stages=3),
+        128: Config(rows=64, columns=64, warps=4, stages=4),
+    },
+    "fp32": {32: Config(rows=64, columns=32, warps=8, stages=2)},
+    "interpreter": {32: Config(rows=16, columns=16, warps=4, stages=1)},
 }
-FEWEST_ROWS = 16  # the least rows of a product; a tile of fewer tokens is padded to it
+PROGRAMS = 2  # a processor: one alone waits for its own mask
 MOST_SPLITS = 16  # more slabs cost the next kernel more than they save this one
 
 
@@ -69,12 +79,14 @@ def shrink_kernel(
     split = tl.program_id(1)
     wide_rows = rows.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for k in range(split * k_chunk, min(K, (split + 1) * k_chunk), BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < M) & (columns[None, :] < K)
         x = tl.load(x_ptr + wide_rows * x_stride + columns[None, :], mask=inside, other=0)
         if DROPOUT:
-            x = tl.where(keep_mask(seed_ptr, rows, k, level, BLOCK_K), x, 0.0)
+            x = tl.where(keep_mask(seed, rows, k, level, BLOCK_K), x, 0.0)
         inside = (ranks[:, None] < R) & (columns[None, :] < K)
         of_a = ranks.to(tl.int64)[:, None] * K + columns[None, :]
         a = tl.load(a_ptr + of_a, mask=inside, other=0)
@@ -91,11 +103,11 @@ def shrink(x: Tensor, lora_A: Tensor, seed: Tensor | None, level: int) -> Tensor
     """
     (m, k), r = x.shape, lora_A.shape[0]
     block_r, config = choose(CONFIGS, architecture(x.device), r, x, x.stride(0), k)
-    block_m = config.rows if m > FEWEST_ROWS else FEWEST_ROWS
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
-    splits = min(processors(x.device) // tiles, triton.cdiv(k, 2 * config.columns), MOST_SPLITS)
+    block_m = tile_rows(config, m)
+    tiles = cdiv(m, block_m) * cdiv(r, block_r)
+    splits = min(PROGRAMS * processors(x.device) // tiles, cdiv(k, 2 * config.columns), MOST_SPLITS)
     k_chunk = chunk(k, config.columns, max(splits, 1))
-    splits = triton.cdiv(k, k_chunk)
+    splits = cdiv(k, k_chunk)
     slabs = x.new_empty((splits, m, r), dtype=x.dtype if splits == 1 else torch.float32)
     with on_device(x):
         shrink_kernel[(tiles, splits)](

@@ -30,6 +30,7 @@ from lora.kernels import (
     triton_input_grads,
     triton_shrink,
 )
+from lora.kernels.fused import FEW_TOKENS
 
 MODULES = {
     "shrink_kernel": triton_shrink,
@@ -148,38 +149,41 @@ def measure(compiled) -> dict[str, int | str]:
     return {"registers": int(usage["vgpr_count"]), "spills": spills, "shared": shared}
 
 
-def meant_instruction(arch: str, dtype: torch.dtype, tile_rows: int) -> str:
+def meant_instruction(arch: str, dtype: torch.dtype, options: dict) -> str:
     """The matrix instruction that a product of tiles is meant to use."""
     if arch.startswith("gfx"):
         return "v_mfma"
-    if dtype == torch.float32:
-        return "none"  # without TF32
-    return WIDE.get(arch, "mma.sync") if tile_rows >= 64 else "mma.sync"
+    if dtype == torch.float32 and options.get("PRECISION") != "tf32":
+        return "none"
+    wide = options.get("BLOCK_M", 0) >= 64 and options.get("NEED_DX", True)  # dA has R rows
+    return WIDE.get(arch, "mma.sync") if wide else "mma.sync"
 
 
-def passes(
-    dtype: torch.dtype, m: int, n: int, k: int, r: int, rows: tiling.Rows, p: float, factors
-):
-    """Everything that one training step of a layer launches."""
+def passes(dtype, m, n, k, r, rows, p, factors=None, bias=False, needs=(True, True), tf32=False):
+    """A function that launches everything of a layer's training step."""
 
     def meta(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    R, enabled, few = r * len(rows), sum(stop - start for start, stop in rows), m <= 64
-    A, B = meta(R, k), meta(enabled, r)
-    read_A, read_B = (meta(*f.shape, dtype=factors) if few else f for f in (A, B))
+    R, enabled, few = r * len(rows), sum(stop - start for start, stop in rows), m <= FEW_TOKENS
+    A, B = (meta(*shape, dtype=factors or dtype) for shape in ((R, k), (enabled, r)))
     x, dy, s = meta(m, k), meta(m, n), meta(m, R)
     seed, level = (meta(1, dtype=torch.int64), 3277) if p else (None, 0)
 
     def run() -> None:
-        slabs = triton_shrink.shrink(x, read_A, seed, level)
+        slabs = triton_shrink.shrink(x, A if few else A.to(dtype), seed, level)
         if len(slabs) > 1:
             tiling.sum_partials(slabs, meta(m, R))
-        triton_expand.expand(dy, slabs, read_B, None, 2.0, rows, add=few)
-        triton_factor_grads.factor_grads(dy, s, B, 2.0, rows, True, True, factors)
-        triton_input_grads.input_grads(x, s, A, 2.0, seed, level, True, True, factors)
+        triton_expand.expand(dy, slabs, B, meta(n) if bias else None, 2.0, rows, add=few)
+        triton_factor_grads.factor_grads(dy, s, B, 2.0, rows, *needs)
+        triton_input_grads.input_grads(x, s, A, 2.0, seed, level, *needs)
 
-    return run
+    def run_in_tf32() -> None:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        run()
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    return run_in_tf32 if tf32 else run
 
 
 QKV = ((0, 3072), (3072, 6144), (6144, 9216))
@@ -188,26 +192,29 @@ QKV = ((0, 3072), (3072, 6144), (6144, 9216))
 def cases(everything: bool):
     """(architecture, what a layer launches, label)."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    qkv, whole = (9216, 3072), ((0, 9216),)
     if not everything:
         for arch in FEW:
-            yield arch, passes(bf16, 8192, 9216, 3072, 16, QKV, 0.05, bf16), "qkv r=16"
+            yield arch, passes(bf16, 8192, *qkv, 16, QKV, 0.05), "qkv r=16"
         return
     ranks = ((bf16, (16, 32, 64, 128, 256)), (fp16, (16,)), (fp32, (16, 64)))
-    layers = ((QKV, 0.05), (((0, 9216),), 0.0))
+    layers = ((QKV, 0.05), (whole, 0.0))
     for arch, (dtype, rs), m, (rows, p) in itertools.product(SHARED, ranks, (16, 8192), layers):
         for r in rs:
             label = f"{str(dtype)[6:]} r={r} x {len(rows)}, M={m}, p={p}"
-            yield arch, passes(dtype, m, 9216, 3072, r, rows, p, dtype), label
+            yield arch, passes(dtype, m, *qkv, r, rows, p), label
     for arch in SHARED:
-        for m, r in ((16, 16), (16, 64), (8192, 16)):
-            yield (
-                arch,
-                passes(bf16, m, 9216, 3072, r, QKV, 0.05, fp32),
-                f"fp32 factors, r={r} x 3, M={m}",
-            )
-        yield arch, passes(bf16, 8192, 9217, 3073, 9, ((1, 9217),), 0.05, bf16), "odd sizes, r=9"
+        for m, r in ((16, 16), (16, 64), (8192, 16), (8192, 64)):
+            label = f"fp32 factors, r={r} x 3, M={m}"
+            yield arch, passes(bf16, m, *qkv, r, QKV, 0.05, factors=fp32), label
         for r in (8, 9):
-            yield arch, passes(bf16, 8192, 9216, 3072, r, QKV, 0.05, bf16), f"r={r} x 3"
+            yield arch, passes(bf16, 8192, *qkv, r, QKV, 0.05), f"r={r} x 3"
+        for r in (16, 64):
+            yield arch, passes(fp32, 8192, *qkv, r, whole, 0.05, tf32=True), f"TF32, r={r}"
+        yield arch, passes(bf16, 8192, 9217, 3073, 9, ((1, 9217),), 0.05), "odd sizes, r=9"
+        for needs in ((True, False), (False, True)):
+            label = f"needs {needs}, bias"
+            yield arch, passes(bf16, 8192, *qkv, 16, QKV[::2], 0.05, bias=True, needs=needs), label
 
 
 def judge(arch: str, kernel, args, options) -> tuple[dict, list[str]]:
@@ -225,7 +232,7 @@ def judge(arch: str, kernel, args, options) -> tuple[dict, list[str]]:
         wrong.append(f"shared memory {found['shared']} > {SHARED[arch]}")
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found["matrix"] = next((i for i in INSTRUCTIONS if i in text), "none")
-    meant = meant_instruction(arch, args[0].dtype, options.get("BLOCK_M", 0))
+    meant = meant_instruction(arch, args[0].dtype, options)
     if found["matrix"] not in (meant, WIDE.get(arch)) and "BLOCK_M" in options:
         wrong.append(f"uses {found['matrix']}, not {meant}")
     return found, wrong

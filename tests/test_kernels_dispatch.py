@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from lora.kernels import dispatch, explain, lora_linear
@@ -69,7 +71,7 @@ class TestReasons:
         assert "r = 257 is above 256" in explain(
             x, weight, bias, torch.zeros(257, 8), torch.zeros(6, 257)
         )
-        assert "rank is 0" in explain(x, weight, bias, torch.zeros(0, 8), torch.zeros(6, 0))
+        assert "of rank 0" in explain(x, weight, bias, torch.zeros(0, 8), torch.zeros(6, 0))
 
     def test_transforms(self, tensors):
         said = []
@@ -92,6 +94,7 @@ class TestReasons:
 
 def test_old_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     find = dispatch._find_obstacle.__wrapped__
     assert find(torch.device("cuda", 0), False) == "compute capability 7.5 is below 8.0"
@@ -99,6 +102,34 @@ def test_old_gpus_are_named(monkeypatch):
     assert find(torch.device("cuda", 0), False) == ""
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert find(torch.device("cuda", 0), True) == "the package triton is not installed"
+
+
+def test_a_gpu_that_is_not_there_is_no_reason_to_fail():
+    """Fake tensors may say "cuda" anywhere."""
+    dispatch._find_obstacle.cache_clear()
+    with FakeTensorMode():
+        tensors = [torch.empty(s, device="cuda") for s in ((5, 8), (6, 8), (6,), (2, 8), (6, 2))]
+        assert lora_linear(*tensors, 1.0, dropout_p=0.1).shape == (5, 6)
+    dispatch._find_obstacle.cache_clear()
+
+
+def test_explain_computes_nothing_and_names_what_does_not_fit(tensors):
+    x, weight, *rest = tensors
+    with pytest.raises(TypeError, match=r"x is torch.float64 and weight is torch.float32"):
+        explain(x.double(), weight, *rest)
+    with pytest.raises(TypeError, match="imp"):
+        explain(*tensors, imp="triton")
+    with torch.autocast("cpu"), CountOperations() as counted:
+        explain(*tensors)
+    assert counted.number == 0
+
+
+class CountOperations(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += 1
+        return operation(*args, **kwargs or {})
 
 
 def test_summary_says_the_path_of_every_layer(capsys):
@@ -116,8 +147,8 @@ def test_an_unknown_gpu_takes_the_default_config():
     x = torch.empty(1, dtype=torch.bfloat16)
     for arch in ("sm_75", "sm_999", "gfx1201", "pvc"):
         block, config = tiling.choose(triton_shrink.CONFIGS, arch, 40, x, 64)
-        assert (block, config) == (64, triton_shrink.CONFIGS["default", 64])
+        assert (block, config) == (64, triton_shrink.CONFIGS["default"][64])
     block, config = tiling.choose(triton_shrink.CONFIGS, "sm_90", 40, x, 63)
-    assert config == triton_shrink.CONFIGS["default", 64]  # no wide loads
+    assert config == triton_shrink.CONFIGS["default"][64]  # no wide loads
     block, config = tiling.choose(triton_shrink.CONFIGS, "sm_90", 300, x.float(), 64)
-    assert (block, config) == (32, triton_shrink.CONFIGS["fp32", 32])
+    assert (block, config) == (32, triton_shrink.CONFIGS["fp32"][32])

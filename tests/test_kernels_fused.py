@@ -219,9 +219,27 @@ def test_any_number_of_tokens_and_dimensions(shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_few_tokens_with_zero_b_give_the_frozen_output_to_the_bit(tokens):
-    x = torch.randn(tokens, 40, device=DEVICE, dtype=HALF)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_parts_without_rows(tokens):
+    x = torch.randn(tokens, 12, device=DEVICE, requires_grad=True)
+    W = torch.randn(6, 12, device=DEVICE)
+    A = torch.randn(3, 12, device=DEVICE, requires_grad=True)
+    B = torch.randn(0, 3, device=DEVICE, requires_grad=True)
+    results = []
+    for impl in ("torch", "triton"):
+        y = lora_linear(x, W, None, A, B, 2.0, splits=(0, 6), enabled=(True, False), impl=impl)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, A, B))])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(1, 40), torch.randn(64, 40), torch.randn(3, 5, 40).transpose(0, 1)],
+    ids=["1", "64", "transposed"],
+)
+def test_few_tokens_with_zero_b_give_the_frozen_output_to_the_bit(x):
+    x = x.to(DEVICE, HALF)
     layer = nn.Linear(40, 30, device=DEVICE, dtype=HALF)
     A, B = torch.randn(4, 40, device=DEVICE), torch.zeros(30, 4, device=DEVICE)
     y = lora_linear(x, layer.weight, layer.bias, A, B, 2.0, impl="triton")
