@@ -37,9 +37,17 @@ Rows = tuple[tuple[int, int], ...]
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on this device; None where it is off or does not exist."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler; torch 2.11 cannot trace it.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:

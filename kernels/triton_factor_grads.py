@@ -52,7 +52,7 @@ CONFIGS: Table = {
         128: Config(rows=64, columns=128, warps=8, stages=2),
     },
     "fp32": {
-        16: Config(rows=64, columns=128, warps=8, stages=2),
+        16: Config(rows=64, columns=64, warps=4, stages=2),
         32: Config(rows=32, columns=32, warps=4, stages=2),
     },
     "interpreter": {32: Config(rows=16, columns=32, warps=4, stages=1)},

@@ -156,8 +156,7 @@ def test_what_is_not_asked_for_is_skipped_and_the_rest_is_the_same(asked):
 
 @pytest.mark.parametrize(
     ("frozen", "expected"),
-    [((), {"x", "S", "seed"}), (("A",), {"S", "seed"}), (("A", "B"), {"seed"})],
-    ids=str,
+    [("", "S, seed, x"), ("A", "S, seed"), ("A, B", "seed")],
 )
 def test_kept_for_backward(frozen, expected):
     (x, weight, bias, A, B), options = problem("odd sizes", HALF)
@@ -175,7 +174,7 @@ def test_kept_for_backward(frozen, expected):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         lora_linear(x, weight, bias, A, B, 0.7, impl="triton", **options)
-    assert sorted(kept) == sorted(expected)
+    assert ", ".join(sorted(kept)) == expected
 
 
 @pytest.mark.parametrize("tokens", [6, 80])
