@@ -33,7 +33,10 @@ from .tiling import (
 )
 
 CONFIGS: Table = {
-    "default": {128: Config(rows=64, columns=256, warps=8, stages=1)},
+    "default": {
+        32: Config(rows=64, columns=128, warps=4, stages=1),
+        128: Config(rows=64, columns=256, warps=8, stages=1),
+    },
     "sm_90": {128: Config(rows=128, columns=128, warps=8, stages=1)},
     "sm_100": {128: Config(rows=128, columns=128, warps=8, stages=1)},
     "fp32": {16: Config(rows=64, columns=64, warps=4, stages=1)},

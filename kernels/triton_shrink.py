@@ -33,7 +33,7 @@ from .tiling import (
 
 CONFIGS: Table = {
     "default": {
-        64: Config(rows=64, columns=64, warps=4, stages=2),
+        64: Config(rows=64, columns=64, warps=8, stages=2),
         128: Config(rows=64, columns=32, warps=4, stages=2),
     },
     "sm_80": {
