@@ -209,7 +209,7 @@ def cases(everything: bool):
             yield arch, passes(bf16, m, *qkv, r, QKV, 0.05, factors=fp32), label
         for r in (8, 9):
             yield arch, passes(bf16, 8192, *qkv, r, QKV, 0.05), f"r={r} x 3"
-        for r in (16, 64):
+        for r in (16, 64) if arch.startswith("sm_") else ():  # elsewhere TF32 is never asked for
             yield arch, passes(fp32, 8192, *qkv, r, whole, 0.05, tf32=True), f"TF32, r={r}"
         yield arch, passes(bf16, 8192, 9217, 3073, 9, ((1, 9217),), 0.05), "odd sizes, r=9"
         for needs in ((True, False), (False, True)):
