@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,8 +102,8 @@ def lora_linear(
         drawn = _seed(x, seed) if dropout_p > 0 else None
         edges = [edge for pair in parts for edge in pair]
         keep_s = torch.is_grad_enabled() and lora_B.requires_grad
-        tensors = (x, weight, bias, lora_A, lora_B, drawn)
-        y: Tensor = fused_forward(*tensors, float(dropout_p), float(scaling), edges, keep_s)[0]
+        arguments = (x, weight, bias, lora_A, lora_B, drawn, float(dropout_p), float(scaling))
+        y: Tensor = fused_forward(*arguments, edges, keep_s)[0]
         return y
     bits, alpha = None, float(scaling)
     if dropout_p > 0:
@@ -114,9 +114,8 @@ def lora_linear(
     records = torch._C._are_functorch_transforms_active() or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     )
-    run = LoRALinear.apply if records else LoRALinear.forward
-    y = run(*tensors, bits, alpha, parts)[0]
-    return y
+    run: Callable[..., tuple[Tensor, Tensor]] = LoRALinear.apply if records else LoRALinear.forward
+    return run(*tensors, bits, alpha, parts)[0]
 
 
 def explain(

@@ -3,8 +3,11 @@
 torchrun --standalone --nproc-per-node 2 tests/distributed_cases.py ddp|fsdp2|dtensor
 """
 
+import faulthandler
+import gc
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -48,8 +51,8 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: whole(p.grad) for name, p in named if p.grad is not None}
 
 
-def main(case: str) -> None:
-    dist.init_process_group("gloo")
+def check(case: str) -> None:
+    """The gradients of a half of the batch on each rank, reduced, are those of the whole batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     x = torch.randn(70 * world, 16, generator=torch.Generator().manual_seed(1))
@@ -72,6 +75,13 @@ def main(case: str) -> None:
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
     print(f"rank {rank} of {world}: {case}, LORA_KERNELS={os.environ.get('LORA_KERNELS')}: equal")
+
+
+def main(case: str) -> None:
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that is stuck says where
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    check(case)
+    gc.collect()  # a DDP module that outlives its process group can hang while it is freed
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ def test_two_processes_give_the_gradients_of_one(case, impl, request):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=150,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"of 2: {case}, LORA_KERNELS={impl}: equal") == 2
