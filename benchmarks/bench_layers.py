@@ -28,6 +28,7 @@ from lora.kernels import reference
 import baselines
 from harness import (
     DTYPES,
+    PHI_3_MINI,
     kept_bytes,
     off_by,
     paired_times,
@@ -41,24 +42,14 @@ from harness import (
 Splits = tuple[int, ...]
 # name: (in, rows of every part)
 MODELS: dict[str, dict[str, tuple[int, Splits]]] = {
-    "phi-3-mini": {
-        "qkv_proj": (3072, (3072, 3072, 3072)),
-        "o_proj": (3072, (3072,)),
-        "gate_up_proj": (3072, (8192, 8192)),
-        "down_proj": (8192, (3072,)),
-    },
+    "phi-3-mini": PHI_3_MINI,
     "phi-3-medium": {
         "qkv_proj": (5120, (5120, 1280, 1280)),
         "o_proj": (5120, (5120,)),
         "gate_up_proj": (5120, (17920, 17920)),
         "down_proj": (17920, (5120,)),
     },
-    "phi-4-mini": {
-        "qkv_proj": (3072, (3072, 1024, 1024)),
-        "o_proj": (3072, (3072,)),
-        "gate_up_proj": (3072, (8192, 8192)),
-        "down_proj": (8192, (3072,)),
-    },
+    "phi-4-mini": {**PHI_3_MINI, "qkv_proj": (3072, (3072, 1024, 1024))},
 }
 SCALING = 2.0
 CHECKED_TOKENS = {"cpu": 32, "cuda": 8192}  # at most; the check is not what takes the time

@@ -21,12 +21,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LAYERS = {  # of Phi-3-mini: (in, out)
-    "qkv_proj": (3072, 9216),
-    "o_proj": (3072, 3072),
-    "gate_up_proj": (3072, 16384),
-    "down_proj": (8192, 3072),
+PHI_3_MINI = {  # (in, rows of every part)
+    "qkv_proj": (3072, (3072, 3072, 3072)),
+    "o_proj": (3072, (3072,)),
+    "gate_up_proj": (3072, (8192, 8192)),
+    "down_proj": (8192, (3072,)),
 }
+LAYERS = {name: (size, sum(parts)) for name, (size, parts) in PHI_3_MINI.items()}  # (in, out)
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-12}  # relative RMS error
 REPEATS = 5  # of a step in one round on CUDA; the round's time is their median
 MORE_THAN_L2 = 256 << 20

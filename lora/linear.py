@@ -79,9 +79,9 @@ class Linear(LoRALayer, nn.Linear):
         """Wrap a pretrained `nn.Linear` (or transformers' `Conv1D`), keeping its very Parameters.
 
         Device, mode and hooks stay; the factors are on weight's device, in lora_dtype or else in
-        weight's dtype; the output is unchanged to the bit until B is trained (on
-        a GPU: see README, Limits). `layer` itself is
-        left alone, but its weight is frozen. Raises TypeError for any other type.
+        weight's dtype; the output is unchanged to the bit until B is trained (on a GPU: see README,
+        Limits). `layer` itself is left alone, but its weight is frozen. Raises TypeError for any
+        other type.
         """
         plain_types = (type(layer),) if is_transformers_conv1d(layer) else (nn.Linear,)
         new = cls._adopt(layer, plain_types)

@@ -66,7 +66,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args, **options):
-            self.launches.append((grid, args, options))
+            self.launches.append((self.kernel, args, options))
 
         return launch
 
@@ -86,7 +86,7 @@ def record(arch: str, run) -> list[tuple]:
     finally:
         for module, name, value in reversed(before):
             setattr(module, name, value)
-    return [(r.kernel, args, options) for r in recorders for _, args, options in r.launches]
+    return [launch for recorder in recorders for launch in recorder.launches]
 
 
 TYPES = {
@@ -143,9 +143,7 @@ def measure(compiled) -> dict[str, int | str]:
         spills = int(usage["LOCAL"]) + int(usage["STACK"])
         return {"registers": int(usage["REG"]), "spills": spills, "shared": shared}
     usage = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-    spills = int(
-        usage["vgpr_spill_count"]
-    )  # scalar registers spill into vector ones, not to memory
+    spills = int(usage["vgpr_spill_count"])  # scalar registers spill into vector ones
     return {"registers": int(usage["vgpr_count"]), "spills": spills, "shared": shared}
 
 
@@ -217,22 +215,16 @@ def cases(everything: bool):
             yield arch, passes(bf16, 8192, *qkv, 16, QKV[::2], 0.05, bias=True, needs=needs), label
 
 
-def judge(arch: str, kernel, args, options) -> tuple[dict, list[str]]:
-    """What the compiled kernel measures, and what is wrong with it."""
-    src, compile_options = source(kernel, args, options)
-    try:
-        compiled = triton.compile(src, target=target(arch), options=compile_options)
-        found = measure(compiled)
-    except triton.runtime.errors.OutOfResources as error:
-        return {}, [str(error)]
-    wrong = []
+def judge(arch: str, compiled, dtype: torch.dtype, options: dict) -> tuple[dict, list[str]]:
+    """What a compiled kernel measures, and what is wrong with it."""
+    found, wrong = measure(compiled), []
     if found["spills"]:
         wrong.append(f"spills {found['spills']} bytes")
     if found["shared"] > SHARED[arch]:
         wrong.append(f"shared memory {found['shared']} > {SHARED[arch]}")
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found["matrix"] = next((i for i in INSTRUCTIONS if i in text), "none")
-    meant = meant_instruction(arch, args[0].dtype, options)
+    meant = meant_instruction(arch, dtype, options)
     if found["matrix"] not in (meant, WIDE.get(arch)) and "BLOCK_M" in options:
         wrong.append(f"uses {found['matrix']}, not {meant}")
     return found, wrong
@@ -248,12 +240,13 @@ def main() -> None:
         if args.arch not in (None, arch):
             continue
         for kernel, positional, options in record(arch, run):
-            src, _ = source(kernel, positional, options)
+            src, compile_options = source(kernel, positional, options)
             key = (arch, src.hash(), str(sorted(options.items(), key=str)))
             if key in seen:
                 continue
             seen.add(key)
-            found, wrong = judge(arch, kernel, positional, options)
+            compiled = triton.compile(src, target=target(arch), options=compile_options)
+            found, wrong = judge(arch, compiled, positional[0].dtype, options)
             failures += bool(wrong)
             shown = " ".join(f"{name} {value:>6}" for name, value in found.items())
             print(
