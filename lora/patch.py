@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +15,11 @@ from torch import nn
 from ._base import LoRALayer, lora_layers
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
+from .full import full_modules, original, settle, trainable_copy
 from .linear import Linear, is_transformers_conv1d
 from .state import mark_only_lora_as_trainable, tied_updates
+from .switch import forget_adapters
+from .targets import by_pattern, find_modules_to_save, find_targets
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
@@ -37,6 +39,7 @@ def patch(
     lora_alpha: float,
     lora_dropout: float = 0.0,
     bias: str = "none",
+    modules_to_save: Collection[str] | None = None,
     layers_to_transform: int | Collection[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -54,6 +57,9 @@ def patch(
             match a whole name; or "all-linear", every linear layer but the output head.
         r, lora_alpha, lora_dropout: as in the layers; dropout does not act on embeddings.
         bias: which biases train, as in `mark_only_lora_as_trainable`.
+        modules_to_save: names or dotted suffixes of modules that train in full, on copies of their
+            Parameters, and are saved with the adapter: a new head, or embeddings with new tokens.
+            They are left out of the targets. A tie to another module ends with the copy.
         layers_to_transform: only modules whose name's first number is this, or among these.
         rank_pattern, alpha_pattern: a name, suffix or regular expression to another r or lora_alpha;
             the first that matches counts.
@@ -67,22 +73,17 @@ def patch(
     """
     check_patchable(model)
     targets = find_targets(model, target_modules, layers_to_transform)
+    full = find_modules_to_save(model, modules_to_save)
 
     def build(name: str, module: nn.Module, options: dict[str, Any]) -> LoRALayer:
-        kind = Linear if is_transformers_conv1d(module) else _LAYERS.get(type(module))
-        if kind is None:
-            expected = ", ".join(t.__name__ for t in _LAYERS)
-            raise TypeError(
-                f"{type(module).__module__}.{type(module).__name__} cannot be adapted; expected "
-                f"exactly one of torch.nn's {expected}, or transformers' Conv1D"
-            )
-        if kind is Embedding:
+        if layer_type(module) is Embedding:
             del options["lora_dropout"]
-        return kind.from_module(module, **options)  # type: ignore[attr-defined, no-any-return]
+        return layer_type(module).from_module(module, **options)  # type: ignore[attr-defined, no-any-return]
 
     replace(
         model,
         targets,
+        full,
         build,
         r=r,
         lora_alpha=lora_alpha,
@@ -96,24 +97,44 @@ def patch(
     return model
 
 
+def layer_type(module: nn.Module) -> type[LoRALayer]:
+    """The class that adapts `module`; TypeError if there is none."""
+    kind = Linear if is_transformers_conv1d(module) else _LAYERS.get(type(module))
+    if kind is None:
+        expected = ", ".join(t.__name__ for t in _LAYERS)
+        raise TypeError(
+            f"{type(module).__module__}.{type(module).__name__} cannot be adapted; expected "
+            f"exactly one of torch.nn's {expected}, or transformers' Conv1D"
+        )
+    return kind
+
+
 def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
     """Put plain torch modules in the place of all LoRA layers, in place; returns the model.
 
     merge=False gives the base back, on its own Parameters. merge=True folds every update into a new
-    weight, rounded once; layer by layer, so that one extra layer is held at a time. `requires_grad`
-    stays as it is. If `model` is itself a LoRA layer, the plain layer is returned. Raises ValueError,
-    before any change, if a factor has a value that is not finite or lies on the meta device, or if
-    a weight to be changed is tied to another module.
+    weight, rounded once; layer by layer, so that one extra layer is held at a time. Modules that
+    trained in full become their originals again, or with merge=True stay as they were trained.
+    `requires_grad` stays as it is. Of several adapters (`lora.set_adapter`) all are removed, and the
+    active one is what is merged. If `model` is itself a LoRA layer, the plain layer is returned.
+    Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
+    meta device, or if a weight to be changed is tied to another module.
     """
     if merge:
         _check_mergeable(model)
     if isinstance(model, LoRALayer):
         return model.to_module(merge)
+    for name, module in list(full_modules(model, remove_duplicate=False)):
+        if merge:
+            settle(module)
+        else:
+            set_module(model, name, original(module))
     plain: dict[LoRALayer, nn.Module] = {}
     for name, layer in list(lora_layers(model, remove_duplicate=False)):
         if layer not in plain:
             plain[layer] = layer.to_module(merge)
-        _set_module(model, name, plain[layer])
+        set_module(model, name, plain[layer])
+    forget_adapters(model)
     return model
 
 
@@ -131,6 +152,15 @@ def _check_mergeable(model: nn.Module) -> None:
             "first, by giving one of them a Parameter of its own (and, for a transformers model, "
             "config.tie_word_embeddings = False)"
         )
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        owners = {id(p): name for name, p in model.named_parameters()}
+        for name, module in full_modules(model):
+            tied = [owners[id(p)] for p in original(module).parameters() if id(p) in owners]
+            if tied:
+                raise ValueError(
+                    f"{name} was trained apart from {tied[0]}, to which it was tied: set "
+                    "config.tie_word_embeddings = False first, or saving would tie them again"
+                )
 
 
 def check_patchable(model: nn.Module) -> None:
@@ -151,119 +181,10 @@ def check_patchable(model: nn.Module) -> None:
             )
 
 
-def find_targets(
-    model: nn.Module,
-    target_modules: str | Collection[str],
-    layers_to_transform: int | Collection[int] | None = None,
-    held_by: Mapping[str, str] | None = None,
-) -> dict[str, nn.Module]:
-    """Name and module of every target; ValueError if one of `target_modules` matches nothing.
-
-    held_by: names that a user may expect, and the module of this model that holds each, for errors.
-    """
-    if not isinstance(target_modules, (str, list, tuple, set, frozenset)) or not target_modules:
-        raise ValueError(
-            f"target_modules={target_modules!r}: expected a list of names (one or more), a regular "
-            "expression, or 'all-linear'"
-        )
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        chosen = {"all-linear": set(_linear_names(model, modules))}
-    elif isinstance(target_modules, str):
-        if layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={layers_to_transform!r} with the regular expression "
-                f"{target_modules!r}: put the layers into the expression, or list the names"
-            )
-        pattern = _compiled(target_modules)
-        chosen = {target_modules: {name for name in modules if pattern.fullmatch(name)}}
-    else:
-        chosen = {t: {name for name in modules if _is_suffix(t, name)} for t in target_modules}
-    _check_all_match(chosen, modules, isinstance(target_modules, str), held_by or {})
-    names = set().union(*chosen.values())
-    if layers_to_transform is not None:
-        names = _in_layers(names, layers_to_transform)
-    return {name: module for name, module in modules.items() if name in names}
-
-
-def _is_suffix(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-
-
-def _linear_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """All linear layers but the output head.
-
-    The head is what the model says it is; if it says nothing, a module named lm_head, or score or
-    classifier at the top, as transformers names the heads of its classifiers.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    for name, module in modules.items():
-        linear = isinstance(module, nn.Linear) or is_transformers_conv1d(module)
-        by_name = name in ("score", "classifier") or name.rpartition(".")[2] == "lm_head"
-        is_head = module is head or (head is None and by_name)
-        if linear and not is_head:
-            yield name
-
-
-def _check_all_match(
-    chosen: Mapping[str, set[str]],
-    modules: Mapping[str, nn.Module],
-    is_pattern: bool,
-    held_by: Mapping[str, str],
-) -> None:
-    missing = [target for target, names in chosen.items() if not names]
-    if not missing:
-        return
-    known = sorted({name.rpartition(".")[2] for name in modules})
-    named, holders = [], []
-    for target in missing:
-        own = re.split(r"\W", target)[-1]  # the last name, also of a pattern such as .*q_proj
-        near = difflib.get_close_matches(own, known, n=1)
-        if own in held_by:
-            named.append(f"{target!r} (part of {held_by[own]!r})")
-            holders.append(held_by[own])
-        else:
-            named.append(f"{target!r}" + (f" (nearest: {near[0]!r})" if near else ""))
-    advice = ""
-    if holders:
-        valid = dict.fromkeys([*(t for t in chosen if t not in missing), *holders])
-        advice = f"; the projections are fused here: pass target_modules={list(valid)}"
-    elif is_pattern:
-        advice = (
-            "; a string is one regular expression for the whole name, to match by the end of the "
-            f"name pass a list, [{missing[0]!r}]"
-        )
-    raise ValueError(f"target_modules match no module: {', '.join(named)}{advice}")
-
-
-def _in_layers(names: set[str], layers: int | Collection[int]) -> set[str]:
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    of_layer: dict[int, set[str]] = {}
-    for name in names:
-        # PEFT's expression; it wants a name before `layers`, which a bare decoder does not have.
-        number = re.match(r".*?\.[^.]*\.(\d+)\.", name) or re.search(r"(?:^|\.)(\d+)\.", name)
-        if number:
-            of_layer.setdefault(int(number[1]), set()).add(name)
-    missing = sorted(wanted - of_layer.keys())
-    if missing or not wanted:
-        raise ValueError(
-            f"layers_to_transform={layers!r}: no target lies in layer {missing}; there are targets "
-            f"in layers {sorted(of_layer)}"
-        )
-    return set().union(*(of_layer[i] for i in wanted))
-
-
 def replace(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
+    full: Mapping[str, nn.Module],
     build: Callable[[str, nn.Module, dict[str, Any]], LoRALayer],
     *,
     r: int,
@@ -275,62 +196,87 @@ def replace(
     merge_weights: bool,
     lora_dtype: torch.dtype | None,
 ) -> None:
-    """Build a layer for every target with its options, then set them all, or leave all as it was."""
-    ranks = _by_pattern("rank_pattern", rank_pattern or {}, targets, r)
-    alphas = _by_pattern("alpha_pattern", alpha_pattern or {}, targets, lora_alpha)
+    """Adapt `targets`, each with its options, let `full` train in full; or leave all as it was."""
+    targets = {
+        name: module
+        for name, module in targets.items()
+        if not any(name == other or name.startswith(f"{other}.") for other in full)
+    }
+    if not targets:
+        raise ValueError(
+            f"modules_to_save={list(full)} leave no target: a module does one or the other"
+        )
+    ranks = by_pattern("rank_pattern", rank_pattern or {}, targets, r)
+    alphas = by_pattern("alpha_pattern", alpha_pattern or {}, targets, lora_alpha)
+
+    def build_with_options(name: str, module: nn.Module) -> LoRALayer:
+        if isinstance(ranks[name], int) and ranks[name] == 0:
+            raise ValueError("r=0 adapts nothing: expected r of 1 or more")
+        options = {
+            "r": ranks[name],
+            "lora_alpha": alphas[name],
+            "lora_dropout": lora_dropout,
+            "merge_weights": merge_weights,
+            "lora_dtype": lora_dtype or _factor_dtype(module),
+        }
+        return build(name, module, options)
+
+    with unchanged_on_error(model, [*targets, *full]):
+        install(model, build_all(model, targets, full, build_with_options), bias)
+
+
+def build_all(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    full: Mapping[str, nn.Module],
+    build: Callable[[str, nn.Module], LoRALayer],
+) -> dict[str, nn.Module]:
+    """Every target's LoRA layer and every trainable copy, by name, once for a shared module.
+
+    Raises TypeError or ValueError with the name of the module. Freezes the weights.
+    """
+    built: dict[nn.Module, nn.Module] = {}
+    new: dict[str, nn.Module] = {}
+    for name, module in (*targets.items(), *full.items()):
+        try:
+            _check_managed(model, name)
+            if name in targets:
+                _check_called(model, name)
+            if module not in built:
+                built[module] = build(name, module) if name in targets else trainable_copy(module)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}: {error}") from error
+        new[name] = built[module]
+    return new
+
+
+def install(model: nn.Module, new: Mapping[str, nn.Module], bias: str) -> None:
+    """Put `new` modules in their places and freeze the rest."""
+    for name, module in new.items():
+        set_module(model, name, module)
+    mark_only_lora_as_trainable(model, bias)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """If the block raises, the modules with these names and what trains are as they were."""
+    before = {name: model.get_submodule(name) for name in names}
     trainable = {p: p.requires_grad for p in model.parameters()}
-    built: dict[nn.Module, LoRALayer] = {}
     try:
-        for name, module in targets.items():
-            try:
-                _check_target(model, name, module)
-                if isinstance(ranks[name], int) and ranks[name] == 0:
-                    raise ValueError("r=0 adapts nothing: expected r of 1 or more")
-                if module not in built:
-                    options = {
-                        "r": ranks[name],
-                        "lora_alpha": alphas[name],
-                        "lora_dropout": lora_dropout,
-                        "merge_weights": merge_weights,
-                        "lora_dtype": lora_dtype or _factor_dtype(module),
-                    }
-                    built[module] = build(name, module, options)
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{name}: {error}") from error
-        for name, module in targets.items():
-            _set_module(model, name, built[module])
-        mark_only_lora_as_trainable(model, bias)
+        yield
     except BaseException:
-        for name, module in targets.items():
-            _set_module(model, name, module)
+        for name, module in before.items():
+            set_module(model, name, module)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad = requires_grad
         raise
 
 
-def _by_pattern(
-    what: str, patterns: Mapping[str, Any], names: Collection[str], default: Any
-) -> dict[str, Any]:
-    """The value of every name: that of the first pattern that matches it as a suffix, or default."""
-    compiled = {key: _compiled(rf"(?:.*\.)?(?:{key})") for key in patterns}
-    hits = {
-        name: next((key for key, c in compiled.items() if c.fullmatch(name)), None)
-        for name in names
-    }
-    for key, pattern in compiled.items():
-        if not any(pattern.fullmatch(name) for name in names):
-            raise ValueError(f"{what}: {key!r} matches none of the targets, such as {min(names)!r}")
-    return {name: default if key is None else patterns[key] for name, key in hits.items()}
-
-
-def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse what would be bypassed, or would compute something else, as a LoRA layer."""
-    own = name.rpartition(".")[2]
-    path = [model]
-    for part in name.split("."):
-        path.append(path[-1].get_submodule(part))
-    parent = path[-2]
+def _check_called(model: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight is read without calling it: the update would be bypassed."""
+    parent_name, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
             "nn.MultiheadAttention reads the weight of its out_proj without calling it, so a LoRA "
@@ -341,7 +287,14 @@ def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
             f"nn.TransformerEncoderLayer reads the weight of {own} without calling it on its fast "
             "path in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    if any(_offloads(getattr(m, "_hf_hook", None)) for m in path) or hasattr(module, "_hf_hook"):
+
+
+def _check_managed(model: nn.Module, name: str) -> None:
+    """Refuse a module whose weights accelerate moves: they may not be here now."""
+    path = [model]
+    for part in name.split("."):
+        path.append(path[-1].get_submodule(part))
+    if any(_offloads(getattr(m, "_hf_hook", None)) for m in path) or hasattr(path[-1], "_hf_hook"):
         raise ValueError(
             "accelerate manages its weight (offload or dispatch hooks); load the model without a "
             "device_map, or on one device, and patch it there"
@@ -359,6 +312,6 @@ def _factor_dtype(module: nn.Module) -> torch.dtype | None:
     return torch.float32 if half else None
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, module)

@@ -11,7 +11,8 @@ from torch import nn
 from ._base import LoRALayer
 from .linear import Linear
 from .merged_linear import MergedLinear
-from .patch import check_patchable, find_targets, replace
+from .patch import check_patchable, replace
+from .targets import find_modules_to_save, find_targets
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -22,14 +23,9 @@ _PROJECTIONS = {
     "gate_up_proj": "mlp",
     "down_proj": "mlp",
 }
-# Names from models whose projections are not fused, and what holds them here.
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+# The fused ones, and what models name their parts that do not fuse them, in the order of the rows.
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 
 
 def patch_phi3(
@@ -42,7 +38,7 @@ def patch_phi3(
     *,
     bias: str = "none",
     task_type: str | None = None,
-    modules_to_save: None = None,
+    modules_to_save: Collection[str] | None = None,
     layers_to_transform: int | Collection[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -60,8 +56,9 @@ def patch_phi3(
         target_modules: of qkv_proj, o_proj, gate_up_proj, down_proj; or a regular expression; or
             "all-linear", all four.
         enable_qkv: which of q, k and v get an update.
-        task_type, modules_to_save: of a published `peft_config`, so that it can be passed whole;
-            task_type must be "CAUSAL_LM" or None, modules_to_save None.
+        task_type: of a published `peft_config`, so that it can be passed whole; "CAUSAL_LM" or None.
+        modules_to_save: modules that train in full, such as ["lm_head", "embed_tokens"] after new
+            chat tokens were added.
         The rest as in `lora.patch`.
 
     Raises:
@@ -73,12 +70,10 @@ def patch_phi3(
     """
     check_patchable(model)
     layers = _decoder_layers(model)
-    if modules_to_save:
-        raise ValueError(f"modules_to_save={modules_to_save!r}: expected None")
     if task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"task_type={task_type!r}: expected 'CAUSAL_LM' or None; for another head pass None and "
-            "make the head's parameters trainable after this call"
+            "name the head in modules_to_save, so that it trains and is saved"
         )
     if len(enable_qkv) != 3:
         raise ValueError(f"enable_qkv={enable_qkv!r}: expected three bools, for q, k and v")
@@ -107,13 +102,14 @@ def patch_phi3(
             splits, enabled = [getattr(module, "out_features", 0) // 2] * 2, (True, True)
         else:
             attention = model.get_submodule(name.rpartition(".")[0])
-            splits = _qkv_splits(getattr(attention, "config", None) or model.config)
+            splits = qkv_splits(getattr(attention, "config", None) or model.config)
             enabled = tuple(enable_qkv)
         return MergedLinear.from_module(module, enable_lora=enabled, out_splits=splits, **options)
 
     replace(
         model,
         targets,
+        find_modules_to_save(model, modules_to_save),
         build,
         r=r,
         lora_alpha=lora_alpha,
@@ -127,7 +123,7 @@ def patch_phi3(
     return model
 
 
-def _qkv_splits(config: Any) -> list[int]:
+def qkv_splits(config: Any) -> list[int]:
     """Rows of q, k and v: heads · head_dim, then twice the key-value heads · head_dim."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

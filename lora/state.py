@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ._base import LoRALayer, lora_layers
+from .full import full_modules
 
 _BIAS_MODES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Freeze every parameter of `model` except the LoRA factors and the biases chosen by `bias`.
+
+    Modules that `lora.patch` was told to train in full (`modules_to_save`) train on.
 
     bias: "none"; "all", every parameter of the model that is a bias (`bias`, or a name such as
     `in_proj_bias`); "lora_only", the biases of the LoRA layers with r > 0. Parameters are told by
@@ -61,7 +64,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             merged = layer.merged_weight()
             for key in keys[id(layer.lora_A)]:
                 state[f"{key.removesuffix('lora_A')}weight"] = merged
-    factors = {id(p) for p in adapter_parameters(model, "none")}
+    factors = {id(p) for _, layer in lora_layers(model) for p in _factors(layer)}
     for name, other in tied_updates(model):
         warnings.warn(
             f"{name}.weight has an update and is tied to {other}: the merged entries differ, load "
@@ -92,9 +95,11 @@ def tied_updates(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
-    """The factors, and the biases that the mode chooses."""
+    """The factors, what trains in full, and the biases that the mode chooses."""
     if bias not in _BIAS_MODES:
         raise ValueError(f"bias={bias!r}: expected one of {_BIAS_MODES}")
+    for _, module in full_modules(model):
+        yield from module.parameters()
     for module in model.modules():
         adapted = isinstance(module, LoRALayer) and module.r > 0
         for own, parameter in module._parameters.items():
@@ -104,3 +109,8 @@ def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
                 or (bias == "all" and "bias" in own.split("_"))
             ):
                 yield parameter
+
+
+def _factors(layer: LoRALayer) -> list[Tensor]:
+    named = layer._parameters.items()
+    return [p for own, p in named if p is not None and own.startswith("lora_") and layer.r > 0]

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from ._base import LoRALayer, lora_layers
+from .full import full_modules
 from .kernels import explain
 from .linear import Linear
 from .merged_linear import MergedLinear
 from .state import adapter_parameters
+from .switch import adapter_names
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` returns; `str()` of it is the table."""
+    """What `summary` returns; `str()` of it is the table.
+
+    adapters: names of the adapters that the model holds, the active one, which the rows are of, first.
+    modules_to_save: modules that train in full.
+    """
 
     rows: tuple[Row, ...]
     trainable_parameters: int
@@ -41,6 +47,8 @@ class Summary:
     adapter_bytes: int
     optimizer_bytes: int
     merged_layers: int
+    adapters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def trainable_percentage(self) -> float:
@@ -75,6 +83,11 @@ class Summary:
                 f"adapter: {self.adapter_bytes:,} bytes; optimizer (two moments a trainable "
                 f"parameter, as Adam): {self.optimizer_bytes:,} bytes",
                 f"merged: {self.merged_layers} of {layers} layers",
+                *(
+                    [f"trained in full: {', '.join(self.modules_to_save)}"]
+                    * bool(self.modules_to_save)
+                ),
+                *([f"adapters: {_active_first(self.adapters)}"] * (len(self.adapters) > 1)),
             ]
         )
 
@@ -84,9 +97,9 @@ def summary(model: nn.Module) -> Summary:
 
     Layers with r > 0, grouped by type, shape of the weight, parts (rows of each; in
     brackets without an update), rank per part and scaling; which code they run (`Row.path`);
-    trainable and total parameters (shared ones once); bytes of the factors and of trained
-    biases; bytes of two optimizer moments for every trainable parameter; how many layers are
-    merged now.
+    trainable and total parameters (shared ones once); bytes of the factors, of modules that train
+    in full and of trained biases; bytes of two optimizer moments for every trainable parameter;
+    how many layers are merged now; the adapters that the model holds.
     """
     layers = [layer for _, layer in lora_layers(model) if layer.r > 0]
     kinds: dict[_Kind, list[int]] = {}  # to the parameters of every layer of the kind
@@ -105,9 +118,15 @@ def summary(model: nn.Module) -> Summary:
         adapter_bytes=sum(map(_bytes, (factors | biases).values())),
         optimizer_bytes=2 * sum(map(_bytes, trainable)),
         merged_layers=sum(layer.merged for layer in layers),
+        adapters=adapter_names(model),
+        modules_to_save=tuple(name for name, _ in full_modules(model)),
     )
     print(table)
     return table
+
+
+def _active_first(names: tuple[str, ...]) -> str:
+    return ", ".join([f"{names[0]} (active)", *names[1:]])
 
 
 _Kind = tuple[str, tuple[int, ...], str, int, float, str]

@@ -1,0 +1,163 @@
+"""Several adapters on one model, one of them active.
+
+An adapter on a model is the modules that it puts in the place of the base's: LoRA layers on the same
+frozen Parameters, and trainable copies (`modules_to_save`). Switching puts other module objects in
+their places. No weight is read, and `torch.compile` guards on what a layer is, not on which one it
+is, so a compiled model goes on as it is while ranks and scales stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ._base import LoRALayer, lora_layers
+from .full import full_modules, is_full, original
+
+DEFAULT = "default"
+_STORE = "_lora_adapters"
+
+_Modules = dict[str, nn.Module]
+
+
+@dataclass
+class Adapters:
+    """What `model` holds: the base's modules by name, every adapter's by name, and which is active."""
+
+    base: _Modules
+    modules: dict[str, _Modules] = field(default_factory=dict)
+    active: str = DEFAULT
+
+
+def adapters_of(model: nn.Module) -> Adapters | None:
+    """The adapters of a model that has some; None for a plain one."""
+    store = model.__dict__.get(_STORE)
+    if isinstance(store, Adapters):
+        return store
+    modules: _Modules = {n: m for n, m in lora_layers(model, remove_duplicate=False) if n}
+    full = dict(full_modules(model, remove_duplicate=False))
+    if not modules and not full:
+        return None
+    plain: dict[nn.Module, nn.Module] = {
+        m: m.to_module() for m in modules.values() if isinstance(m, LoRALayer)
+    }
+    base = {n: plain[m] for n, m in modules.items()} | {n: original(m) for n, m in full.items()}
+    return Adapters(base, {DEFAULT: modules | full})
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's adapters, the active one first."""
+    store = adapters_of(inner_model(model))
+    if store is None:
+        return ()
+    return (store.active, *(name for name in store.modules if name != store.active))
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile or a data-parallel wrapper returned."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def add_adapter(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> None:
+    """Keep `modules` (by their name) as the adapter `name`, inactive."""
+    store = adapters_of(model)
+    assert store is not None
+    for path in modules:
+        store.base.setdefault(path, model.get_submodule(path))
+    store.modules[name] = dict(modules)
+    model.__dict__[_STORE] = store
+
+
+def name_adapter(model: nn.Module, name: str) -> None:
+    """Give the one adapter of `model` another name than "default"."""
+    store = adapters_of(model)
+    if store is not None and name != store.active:
+        store.modules = {name: store.modules[store.active]}
+        store.active = name
+        model.__dict__[_STORE] = store
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make the adapter `name` the active one: its factors are `lora_A` and `lora_B` from now on.
+
+    Exact and without a pass over any weight. What trains is what trained when it was active last,
+    so make a new optimizer, or one over the Parameters of all adapters. A compiled model does not
+    recompile for the same ranks and scales, and once for a new one. Raises ValueError if there is
+    no such adapter.
+
+    >>> set_adapter(model, "b")  # doctest: +SKIP
+    """
+    model = inner_model(model)
+    store = _store_with(model, name)
+    if name != store.active:
+        _put(model, store, store.modules[store.active], store.modules[name])
+        store.active = name
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove the adapter `name`; with the last one the model is the plain base again.
+
+    Raises ValueError if there is no such adapter, or if it is active and there are others.
+    """
+    model = inner_model(model)
+    store = _store_with(model, name)
+    others = [other for other in store.modules if other != name]
+    if others and name == store.active:
+        raise ValueError(
+            f"adapter {name!r} is active: lora.set_adapter(model, {others[0]!r}) first"
+        )
+    if not others:
+        _put(model, store, store.modules[name], {})
+        forget_adapters(model)
+    else:
+        del store.modules[name]
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Drop the record of several adapters."""
+    model.__dict__.pop(_STORE, None)
+
+
+def _store_with(model: nn.Module, name: str) -> Adapters:
+    store = adapters_of(model)
+    if store is None:
+        raise ValueError(
+            f"adapter {name!r}: {type(model).__name__} has no adapters; load one first"
+        )
+    if name not in store.modules:
+        raise ValueError(f"adapter {name!r}: expected one of {', '.join(map(repr, store.modules))}")
+    return store
+
+
+def _put(model: nn.Module, store: Adapters, old: _Modules, new: _Modules) -> None:
+    """Put `new` modules, and the base's where there is none, in the place of `old` ones."""
+    for path in {**old, **new}:
+        parent_name, _, own = path.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        module = new.get(path, store.base[path])
+        _take_over(getattr(parent, own), module)
+        setattr(parent, own, module)
+
+
+def _take_over(current: nn.Module, module: nn.Module) -> None:
+    """Bring `module`, inactive so far, to the mode, weights and device of the one in its place."""
+    if isinstance(current, LoRALayer):
+        current._drop_merged()
+    for part in module.modules():  # not train(), which may merge
+        part.training = current.training
+    if not is_full(current) and not is_full(module):
+        # The frozen weight may have become another Parameter meanwhile, as by load(assign=True).
+        for name in module._parameters.keys() & current._parameters.keys():
+            if not name.startswith("lora_"):
+                module._parameters[name] = current._parameters[name]
+    device = next(current.parameters()).device
+    if any(parameter.device != device for parameter in module.parameters()):
+        module.to(device)
