@@ -10,6 +10,7 @@
 
 from ._base import LoRALayer
 from ._version import __version__
+from .adapter import AdapterError, load_adapter, save_adapter
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .linear import Linear
@@ -19,8 +20,10 @@ from .patch import patch, unpatch
 from .phi3 import patch_phi3
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
 from .summary import Summary, summary
+from .switch import delete_adapter, set_adapter
 
 __all__ = [
+    "AdapterError",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -30,13 +33,17 @@ __all__ = [
     "MergedLinear",
     "Summary",
     "__version__",
+    "delete_adapter",
     "disabled",
+    "load_adapter",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged",
     "merged_state_dict",
     "patch",
     "patch_phi3",
+    "save_adapter",
+    "set_adapter",
     "summary",
     "unpatch",
 ]

@@ -46,6 +46,7 @@ def test_the_wheel_has_lora_kernels_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
     expected = {f"lora/{p.name}" for p in (ROOT / "lora").glob("*.py")} | {"lora/py.typed"}
+    expected |= {f"lora/adapter/{p.name}" for p in (ROOT / "lora" / "adapter").glob("*.py")}
     expected |= {f"lora/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert inside == expected
 
@@ -86,9 +87,16 @@ def test_import_brings_no_triton_transformers_or_peft():
     assert {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) == {"lora"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=lambda p: p.stem)
-def test_docstring_examples(path):
-    name = "lora" if path.stem == "__init__" else f"lora.{path.stem}"
+LIBRARY = sorted(p.relative_to(ROOT) for p in (ROOT / "lora").rglob("*.py"))
+
+
+def dotted(path):
+    """The module's name, of a file in lora/."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", [dotted(path) for path in LIBRARY])
+def test_docstring_examples(name):
     module = importlib.import_module(name)
     names = {"torch": torch, "lora": lora, "Linear": lora.Linear}
     assert doctest.testmod(module, extraglobs=names).failed == 0
@@ -97,36 +105,59 @@ def test_docstring_examples(path):
 LAYERS = {  # who may import whom inside lora/: only what stands in an earlier row
     "_version": 0,
     "_base": 0,
+    "full": 0,
     "linear": 1,
     "embedding": 1,
     "conv": 1,
     "merged_linear": 2,
     "state": 2,
     "modes": 2,
+    "switch": 2,
+    "targets": 2,
     "summary": 3,
     "patch": 3,
     "phi3": 4,
-    "__init__": 5,
+    "adapter.contents": 5,
+    "adapter.fingerprint": 5,
+    "adapter.files": 6,
+    "adapter.peft_format": 6,
+    "adapter.checkpoint": 7,
+    "adapter.convert": 6,
+    "adapter.storage": 7,
+    "adapter.check": 8,
+    "adapter.merge": 9,
+    "adapter.save": 8,
+    "adapter.load": 9,
+    "adapter": 10,
+    "": 11,
+    "__main__": 12,
 }
 
 
 def imports(path):
-    """(level, module) of every import in a file."""
+    """(level, module) of every import in a file; `from . import a` imports the module a."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.level, node.module
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            yield from ((node.level, alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=dotted)
 def test_arrows_in_lora_run_one_way(path):
-    for level, module in imports(path):
-        top = module.partition(".")[0]
+    own = dotted(path).partition(".")[2]
+    package = path.parent.parts  # what a relative import starts from
+    for level, module in imports(ROOT / path):
         if level == 0:
+            top = module.partition(".")[0]
             assert top not in {"triton", "transformers", "peft", "lora", "kernels"}
-        elif top != "kernels":
-            assert LAYERS[top] < LAYERS[path.stem], f"{path.stem} imports {top}"
+            continue
+        absolute = ".".join((*package[: len(package) - level + 1], *filter(None, [module])))
+        target = absolute.partition(".")[2]
+        if target.partition(".")[0] != "kernels":
+            assert LAYERS[target] < LAYERS[own], f"{own} imports {target}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)

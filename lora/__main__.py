@@ -1,0 +1,404 @@
+"""The command line, `python -m lora` or `lora`: look into adapters, check, convert, merge them.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the adapter has problems
+(`check`); 2 bad input, in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+from .adapter import files
+from .adapter.contents import Adapter, AdapterError, Layer
+from .adapter.storage import File, read_adapter, write_adapter
+
+_FORMS = ("peft", "loralib", "split", "fused", "portable")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+    except (AdapterError, OSError) as error:
+        message = str(
+            error.strerror if isinstance(error, OSError) and error.filename is None else error
+        )
+        print(f"lora: error: {message or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lora: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+# What an adapter holds
+
+
+def _info(args: argparse.Namespace) -> int:
+    file = read_adapter(args.path)
+    facts = _facts(file)
+    print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
+    return 0
+
+
+def _facts(file: File) -> dict[str, Any]:
+    adapter = file.adapter
+    tensors = adapter.tensors().values()
+    return {
+        "path": str(file.path),
+        "written_by": "lora" if file.native else "PEFT, or another library",
+        "verified": file.verified,
+        "problems": list(file.problems.values()),
+        "base": adapter.base,
+        "task_type": adapter.task_type,
+        "bias": adapter.bias,
+        "modules_to_save": list(adapter.modules_to_save),
+        "parameters": sum(t.numel() for t in tensors),
+        "bytes": file.bytes,
+        "layers": [_of_layer(name, layer) for name, layer in adapter.layers.items()],
+    }
+
+
+def _of_layer(name: str, layer: Layer) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "parts": _parts(layer),
+        "r": layer.r,
+        "lora_alpha": layer.lora_alpha,
+        "scaling": layer.scaling,
+        "lora_dropout": layer.lora_dropout,
+        "dtype": str(layer.lora_A.dtype).removeprefix("torch."),
+        "norm": _norm(layer),
+    }
+
+
+def _parts(layer: Layer) -> list[int]:
+    """Rows of every part, negative without an update; one part for most kinds."""
+    if layer.kind != "MergedLinear":
+        return [layer.shape[0]]
+    parts = zip(layer.out_splits or (), layer.enable_lora or (), strict=True)
+    return [rows if on else -rows for rows, on in parts]
+
+
+def _norm(layer: Layer) -> float:
+    """Frobenius norm of the update: ‖s B A‖² = s² tr(BᵀB · AAᵀ), without forming B A."""
+    A, B = (factor.double() for factor in layer.dense())
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return abs(layer.scaling) * max(square, 0.0) ** 0.5
+
+
+def _as_text(facts: Mapping[str, Any]) -> str:
+    layers = facts["layers"]
+    kinds = Counter(_row(layer) for layer in layers)
+    head = (
+        "layer",
+        "count",
+        "weight",
+        "parts",
+        "r per part",
+        "alpha",
+        "scaling",
+        "dtype",
+        "|update|",
+    )
+    cells = [head]
+    for (own, kind, *rest), count in kinds.items():
+        norms = [x["norm"] for x in layers if _row(x) == (own, kind, *rest)]
+        span = f"{min(norms):.3g} to {max(norms):.3g}" if count > 1 else f"{norms[0]:.3g}"
+        cells.append((f"{own} ({kind})", str(count), *rest, span))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    verified = "verified" if facts["verified"] else "not verified (no digest of ours)"
+    return "\n".join(
+        [
+            f"{facts['path']}: written by {facts['written_by']}, {verified}",
+            f"base: {facts['base'] or 'not said'}; task: {facts['task_type'] or 'not said'}; "
+            f"trained biases: {facts['bias']}; "
+            f"trained in full: {', '.join(facts['modules_to_save']) or 'none'}",
+            *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells),
+            f"{len(layers)} layers, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
+            *(f"problem: {problem}" for problem in facts["problems"]),
+        ]
+    )
+
+
+def _row(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = " ".join(f"{p}" if p > 0 else f"({-p})" for p in layer["parts"])
+    shape = " x ".join(map(str, layer["shape"]))
+    numbers = (str(layer["r"]), f"{layer['lora_alpha']:g}", f"{layer['scaling']:g}")
+    own = layer["name"].rpartition(".")[2]
+    return own, layer["kind"], shape, parts, *numbers, layer["dtype"]
+
+
+def _check(args: argparse.Namespace) -> int:
+    file = read_adapter(args.path)
+    for problem in file.problems.values():
+        print(f"problem: {problem}")
+    if file.problems:
+        print(f"{file.path}: {len(file.problems)} problems")
+        return 1
+    verified = "SHA-256 verified" if file.verified else "not verified: no digest of ours"
+    print(f"{file.path}: {len(file.adapter.layers)} layers, {verified}")
+    if all(
+        not layer.lora_A.any() or not layer.lora_B.any() for layer in file.adapter.layers.values()
+    ):
+        print("this adapter does nothing yet: B is zero")
+    if args.base is not None:
+        from .adapter.merge import rehearse
+
+        try:
+            report = rehearse(args.base, file.adapter, progress=_progress("comparing"))
+        except AdapterError as error:
+            print(f"problem: {error}")
+            return 1
+        print(f"frozen weights: {report.base}")
+        print(report)
+    return 0
+
+
+# Into other forms
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .adapter import convert
+
+    adapter = _read_any(args)
+    if args.to == "loralib":
+        state = convert.to_loralib(adapter)
+        _save_state_dict(state, args.output)
+        print(f"{args.output}: build the layers with")
+        for line, count in Counter(map(_constructor, adapter.layers.values())).items():
+            print(f"  {count} x {line}")
+        return 0
+    notes = []
+    if args.to == "split":
+        adapter = convert.split(adapter, _qkv_rows(args.base))
+    elif args.to == "fused":
+        adapter = convert.fuse(adapter)
+    elif args.to == "portable":
+        adapter, rounding = convert.portable(adapter, _DTYPES.get(args.dtype))
+        notes.append(
+            "exact"
+            if rounding == 0
+            else f"B times its scale was rounded once, by {rounding:.1e} at most"
+        )
+    if args.dtype is not None and args.to != "portable":
+        raise AdapterError(f"--dtype={args.dtype}: only --to portable changes the dtype")
+    write_adapter(adapter, args.output)
+    print("; ".join([f"{args.output}: {len(adapter.layers)} layers", *notes]))
+    return 0
+
+
+def _read_any(args: argparse.Namespace) -> Adapter:
+    """The adapter of a PEFT folder, or of a loralib file with what it does not say."""
+    path = Path(args.input)
+    if path.suffix not in (".pt", ".pth", ".bin") or (path.parent / "adapter_config.json").exists():
+        if args.lora_alpha is not None or args.enable_lora is not None or args.embedding:
+            raise AdapterError(
+                "--lora-alpha, --enable-lora and --embedding are for loralib's files"
+            )
+        return read_adapter(path).checked()
+    from .adapter.convert import from_loralib
+
+    if args.lora_alpha is None or args.base is None:
+        missing = "--lora-alpha" if args.lora_alpha is None else "--base"
+        raise AdapterError(
+            f"{path} is a state dict, which says neither alpha nor the kinds of its layers: {missing} "
+            "is missing (expected --lora-alpha A and --base CHECKPOINT)"
+        )
+    return from_loralib(
+        files.read_state_dict(path),
+        _shapes(Path(args.base)),
+        args.lora_alpha,
+        enable_lora=args.enable_lora,
+        embeddings=args.embedding,
+    )
+
+
+def _shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a checkpoint's folder, or of a state dict in a file."""
+    if base.is_dir():
+        from .adapter.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(base)
+        return {name: checkpoint.shape(name) for name in checkpoint.names}
+    return {name: tuple(t.shape) for name, t in files.read_state_dict(base).items()}
+
+
+def _qkv_rows(base: str | None) -> list[int] | None:
+    """Rows of q, k and v by the config of the base model, if it was given."""
+    if base is None:
+        return None
+    from .phi3 import qkv_splits
+
+    path = Path(base) / "config.json"
+    config = files.read_json(path)
+    try:
+        return qkv_splits(SimpleNamespace(**config))
+    except AttributeError as error:
+        raise AdapterError(f"{path} does not say heads and hidden size: {error}") from error
+
+
+def _save_state_dict(state: Mapping[str, Tensor], output: str) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    files.write_file(Path(output), buffer.getvalue())
+
+
+def _constructor(layer: Layer) -> str:
+    alpha = layer.scaling * layer.r
+    parts = f", enable_lora={list(layer.enable_lora)}" if layer.enable_lora else ""
+    return f"{layer.kind}(..., r={layer.r}, lora_alpha={alpha:g}{parts})"
+
+
+# Into the base
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from .adapter.merge import merge_checkpoint
+
+    adapter = read_adapter(args.adapter).checked()
+    report = merge_checkpoint(args.base, adapter, args.out, progress=_progress("merging"))
+    print(report)
+    print(f"frozen weights: {report.base}")
+    print(f"{args.out}: {report.bytes:,} bytes; peak memory of this process {_peak():,} bytes")
+    return 0
+
+
+def _peak() -> int:
+    """The largest resident set so far; 0 where the system does not say it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """A line on stderr that counts, where somebody is watching."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        bar = "#" * (30 * done // max(total, 1))
+        end = "\n" if done == total else ""
+        print(f"\r{what} [{bar:<30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+# The arguments
+
+
+def _mask(text: str) -> list[bool]:
+    if not set(text) <= set("01,") or not text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 and 1, such as 1,0,1")
+    return [flag == "1" for flag in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora",
+        description="Adapters on disk: what they hold, whether they are whole, conversions.",
+    )
+    parser.add_argument("--version", action="version", version=f"lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add = _adder(commands)
+
+    info = add("info", _info, "what an adapter holds", "lora info checkpoint_dir/adapter --json")
+    info.add_argument("path", help="folder or file of an adapter")
+    info.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    check = add(
+        "check",
+        _check,
+        "whether an adapter is whole, and fits its base",
+        "lora check adapter --base ./Phi-3-mini-4k-instruct",
+    )
+    check.add_argument("path", help="folder or file of an adapter")
+    check.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="folder of the base model: compare names, shapes and weights, and rehearse the merge",
+    )
+
+    convert = add(
+        "convert",
+        _convert,
+        "an adapter in another form, exactly or not at all",
+        "lora convert adapter adapter-for-vllm --to portable",
+    )
+    convert.add_argument(
+        "input", help="folder or file of an adapter, or a loralib state dict (.pt)"
+    )
+    convert.add_argument("output", help="folder to write, or with --to loralib a file")
+    convert.add_argument(
+        "--to",
+        choices=_FORMS,
+        required=True,
+        help="peft: as save_adapter writes it; loralib: a state dict; split: q_proj, k_proj, v_proj, "
+        "gate_proj, up_proj; fused: back; portable: one rank, no patterns, the scale in B",
+    )
+    convert.add_argument(
+        "--base", metavar="MODEL", help="the base model: a folder, or a state dict"
+    )
+    convert.add_argument("--dtype", choices=_DTYPES, help="of the factors, with --to portable")
+    convert.add_argument(
+        "--lora-alpha", type=float, help="of a loralib file, which does not say it"
+    )
+    convert.add_argument(
+        "--enable-lora", type=_mask, help="of its MergedLinear layers, such as 1,0,1"
+    )
+    convert.add_argument(
+        "--embedding", action="append", default=[], help="a name of its embeddings"
+    )
+
+    merge = add(
+        "merge",
+        _merge,
+        "a plain checkpoint with the adapter merged in, for a base of any size",
+        "lora merge ./Phi-3-mini-4k-instruct adapter ./Phi-3-mini-mine",
+    )
+    merge.add_argument("base", help="folder of the base model, in safetensors")
+    merge.add_argument("adapter", help="folder or file of the adapter")
+    merge.add_argument("out", help="folder to write; it must not be there")
+    return parser
+
+
+def _adder(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> Callable[..., argparse.ArgumentParser]:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], what: str, example: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: {example}",
+        )
+        command.set_defaults(run=run)
+        return command
+
+    return add
+
+
+if __name__ == "__main__":
+    sys.exit(main())

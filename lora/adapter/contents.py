@@ -1,0 +1,171 @@
+"""Adapter: what an adapter is, whatever file it came from. Shapes are those of lora's own layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import part_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KINDS = ("Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, does not fit, or cannot be converted exactly."""
+
+
+def listed(problems: Iterable[str], most: int = 4) -> str:
+    """The first problems in words, and the number of all."""
+    found = list(problems)
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    count = f"{len(found)} problems: " if len(found) > 1 else ""
+    return f"{count}{'; '.join(found[:most])}{more}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The update of one module: scaling · update(lora_A, lora_B).
+
+    kind: the class of `lora` that computes it, one of KINDS; a convolution here has kernel size 1
+    and one group. Shapes of the factors, as in these classes:
+
+        Linear          lora_A (r, in)           lora_B (out, r)
+        MergedLinear    lora_A (r·n, in)         lora_B (rows of the n enabled parts, r)
+        Embedding       lora_A (r, num)          lora_B (dim, r)
+        Conv1d/2d/3d    lora_A (r, in)           lora_B (out, r)
+
+    lora_alpha is what the user set; scaling is what counts (alpha / r, or alpha / √r with rsLoRA).
+    fingerprint: of the frozen weight that it was trained on (`fingerprint.fingerprint`), or None.
+    transposed: the weight is stored (in, out), as in transformers' Conv1D.
+    """
+
+    kind: str
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_alpha: float
+    scaling: float
+    lora_dropout: float = 0.0
+    enable_lora: tuple[bool, ...] | None = None
+    out_splits: tuple[int, ...] | None = None
+    transposed: bool = False
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AdapterError(f"kind {self.kind!r}: expected one of {', '.join(KINDS)}")
+        a, b, n = self.lora_A, self.lora_B, self.parts
+        if a.ndim != 2 or b.ndim != 2 or self.r < 1 or a.shape[0] != n * self.r or not a.numel():
+            raise AdapterError(
+                f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no factors of one update "
+                f"of kind {self.kind}: expected ({'r' if n == 1 else f'{n}·r'}, in) and (out, r)"
+            )
+        if self.kind == "MergedLinear":
+            self._check_parts()
+        for name in ("lora_alpha", "scaling"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise AdapterError(f"{name}={value!r}: expected a number")
+            if not math.isfinite(value):
+                raise AdapterError(f"{name}={value!r}: expected a finite number")
+
+    def _check_parts(self) -> None:
+        splits, mask = self.out_splits, self.enable_lora
+        if not splits or not mask or len(splits) != len(mask) or not any(mask):
+            raise AdapterError(f"MergedLinear: parts {splits!r}, enabled {mask!r} do not fit")
+        if sum(stop - start for start, stop in self.rows) != self.lora_B.shape[0]:
+            raise AdapterError(
+                f"MergedLinear: lora_B has {self.lora_B.shape[0]} rows, the enabled ones of the "
+                f"parts {splits} are {[stop - start for start, stop in self.rows]}"
+            )
+
+    @property
+    def r(self) -> int:
+        """The rank of each part."""
+        return self.lora_B.shape[1]
+
+    @property
+    def parts(self) -> int:
+        """How many parts have an update."""
+        return sum(self.enable_lora) if self.enable_lora else 1
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """First and last + 1 row of every enabled part of a MergedLinear."""
+        return list(part_rows(self.out_splits or (), self.enable_lora or ()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it updates; of an embedding, (num, dim)."""
+        if self.kind == "Embedding":
+            return self.lora_A.shape[1], self.lora_B.shape[0]
+        out = sum(self.out_splits) if self.out_splits else self.lora_B.shape[0]
+        return out, self.lora_A.shape[1]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with the update scaling · B A of the whole weight: B of a MergedLinear has blocks."""
+        if self.kind != "MergedLinear":
+            return self.lora_A, self.lora_B
+        blocks = self.lora_B.new_zeros(self.shape[0], self.parts * self.r)
+        lengths = [stop - start for start, stop in self.rows]
+        for part, ((start, stop), B) in enumerate(
+            zip(self.rows, torch.split(self.lora_B, lengths), strict=True)
+        ):
+            blocks[start:stop, part * self.r : (part + 1) * self.r] = B
+        return self.lora_A, blocks
+
+    def update(self, rows: slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
+        """Rows of the dense update, scaling included, as (out, in); of an embedding, (num, dim)."""
+        A, B = (factor.to(dtype) for factor in self.dense())
+        if self.kind == "Embedding":
+            return (A.t()[rows] @ B.t()) * self.scaling
+        return (B[rows] @ A) * self.scaling
+
+    def with_factors(self, lora_A: Tensor, lora_B: Tensor, **changes: object) -> Layer:
+        return replace(self, lora_A=lora_A, lora_B=lora_B, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Layers by the name of the module, and what else was trained.
+
+    Attributes:
+        layers: name of the module in the base model to its update.
+        bias: "none", "all" or "lora_only", as in `lora.mark_only_lora_as_trainable`.
+        biases: trained biases, by their name in the base's state dict.
+        modules_to_save: names of modules that were trained in full.
+        saved: their tensors, by their name in the base's state dict.
+        copies: tensors of the frozen base that a PEFT file repeats; a base must have the same.
+        base: name or folder of the base model; task_type: PEFT's, such as "CAUSAL_LM".
+        target_modules: the selection of the file that it came from, or None.
+    """
+
+    layers: Mapping[str, Layer]
+    bias: str = "none"
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    base: str | None = None
+    task_type: str | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def replaced(self, **changes: object) -> Self:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that was trained, by module name and own name."""
+        factors = {
+            f"{name}.{own}": getattr(layer, own)
+            for name, layer in self.layers.items()
+            for own in ("lora_A", "lora_B")
+        }
+        return {**factors, **self.biases, **self.saved}

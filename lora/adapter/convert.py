@@ -1,0 +1,300 @@
+"""Exact conversions between forms of an adapter; what cannot be exact is refused with the reason.
+
+    split      qkv_proj -> q_proj, k_proj, v_proj;  gate_up_proj -> gate_proj, up_proj
+               (for a Phi-3 whose projections were separated, as Llama's are), and `fuse` back
+    portable   one rank for all layers, zero-padded; the scale folded into B, so lora_alpha = r; no
+               patterns. PEFT, vLLM and llama.cpp's converter read it alike (the latter two know
+               neither patterns nor rsLoRA and would take a wrong scale without a word)
+    loralib    `lora_A` and `lora_B` as in `lora.lora_state_dict`, without rank, alpha and kinds
+
+A dense update of qkv_proj has one A for all rows: split, every part gets a copy of it. That computes
+the same; trained further, the copies go their own ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..phi3 import PARTS
+from .contents import Adapter, AdapterError, Layer
+
+
+def split(adapter: Adapter, qkv_rows: Sequence[int] | None = None) -> Adapter:
+    """The adapter for the same model with separate projections.
+
+    qkv_rows: rows of q, k and v, needed for an update of qkv_proj as a whole (PEFT's), since its
+    factors do not say them. Raises AdapterError if it is missing, and for trained fused biases.
+    """
+    layers: dict[str, Layer] = {}
+    masks: dict[str, set[tuple[bool, ...]]] = {}
+    for name, layer in adapter.layers.items():
+        prefix, own = _own_name(name)
+        if own not in PARTS:
+            if layer.kind == "MergedLinear":
+                raise AdapterError(f"{name} has parts, and no names for them are known: not split")
+            layers[name] = layer
+            continue
+        if f"{name}.bias" in adapter.biases:
+            raise AdapterError(f"{name} has a trained bias: not split")
+        pieces = _pieces(name, layer, own, qkv_rows)
+        masks.setdefault(own, set()).add(tuple(piece is not None for piece in pieces))
+        for part, piece in zip(PARTS[own], pieces, strict=True):
+            if piece is not None:
+                layers[prefix + part] = piece
+    targets = _retarget(adapter.target_modules, masks)
+    return adapter.replaced(layers=layers, target_modules=targets)
+
+
+def _own_name(name: str) -> tuple[str, str]:
+    own = name.rpartition(".")[2]
+    return name.removesuffix(own), own
+
+
+def _pieces(
+    name: str, layer: Layer, own: str, qkv_rows: Sequence[int] | None
+) -> list[Layer | None]:
+    """The update of every part, None where a part has none."""
+    parts = len(PARTS[own])
+    plain: dict[str, Any] = dict.fromkeys(("enable_lora", "out_splits", "fingerprint"))
+    plain["kind"] = "Linear"
+    if layer.kind == "MergedLinear":
+        mask = layer.enable_lora or ()
+        if len(mask) != parts:
+            raise AdapterError(f"{name} has {len(mask)} parts, expected {', '.join(PARTS[own])}")
+        factors_A = torch.split(layer.lora_A, layer.r)
+        factors_B = torch.split(layer.lora_B, [stop - start for start, stop in layer.rows])
+        pairs = iter(zip(factors_A, factors_B, strict=True))
+        return [layer.with_factors(*next(pairs), **plain) if on else None for on in mask]
+    out = layer.shape[0]
+    rows = list(qkv_rows or ()) if own == "qkv_proj" else [out // parts] * parts
+    if len(rows) != parts or sum(rows) != out:
+        raise AdapterError(
+            f"{name} is one update of {out} rows: to split it, the rows of {', '.join(PARTS[own])} "
+            f"must be known, got {rows or None} (python -m lora convert takes them from --base)"
+        )
+    return [layer.with_factors(layer.lora_A, B, **plain) for B in torch.split(layer.lora_B, rows)]
+
+
+def _retarget(
+    targets: tuple[str, ...] | None, masks: Mapping[str, set[tuple[bool, ...]]]
+) -> tuple[str, ...] | None:
+    """Short names for the parts, where every layer has the same ones; else None, the whole names."""
+    if targets is None or any("." in t for t in targets) or any(len(m) > 1 for m in masks.values()):
+        return None
+    return tuple(
+        part
+        for target in targets
+        for part, on in zip(
+            PARTS.get(target, (target,)), next(iter(masks.get(target, {(True,)}))), strict=True
+        )
+        if on
+    )
+
+
+def fuse(adapter: Adapter) -> Adapter:
+    """The inverse of `split`: q_proj, k_proj, v_proj -> qkv_proj, gate_proj, up_proj -> gate_up_proj.
+
+    Parts that share one A become one update of the whole, others a MergedLinear. Raises AdapterError
+    for parts of different rank or scale, and where the rows of a missing part are not known.
+    """
+    of_part = {part: fused for fused, parts in PARTS.items() for part in parts}
+    layers: dict[str, Layer] = {}
+    for name, layer in adapter.layers.items():
+        prefix, own = _own_name(name)
+        fused = of_part.get(own)
+        if fused is None:
+            layers[name] = layer
+        elif prefix + fused not in layers:
+            found = [adapter.layers.get(prefix + part) for part in PARTS[fused]]
+            layers[prefix + fused] = _fused(prefix + fused, fused, found)
+    targets = adapter.target_modules
+    if targets is not None:
+        short = all("." not in t for t in targets)
+        targets = tuple(dict.fromkeys(of_part.get(t, t) for t in targets)) if short else None
+    return adapter.replaced(layers=layers, target_modules=targets)
+
+
+def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
+    there = [layer for layer in found if layer is not None]
+    facts = {(layer.kind, layer.r, layer.scaling) for layer in there}
+    if len(facts) > 1 or there[0].kind != "Linear":
+        raise AdapterError(
+            f"{name}: its parts have (kind, r, scale) {sorted(facts)}: expected Linear layers of one "
+            "rank and scale"
+        )
+    rows = {p: x.shape[0] for p, x in zip(PARTS[own], found, strict=True) if x is not None}
+    rows |= dict.fromkeys(set(PARTS[own][-2:]) - rows.keys(), _known_rows(rows, PARTS[own][-2:]))
+    splits = tuple(rows.get(part, 0) for part in PARTS[own])
+    if not all(splits):
+        raise AdapterError(
+            f"{name}: the adapter has {', '.join(rows)} alone, so the rows of the others are unknown"
+        )
+    B = torch.cat([layer.lora_B for layer in there])
+    first = there[0].with_factors(there[0].lora_A, there[0].lora_B, fingerprint=None)
+    if None not in found and all(torch.equal(x.lora_A, first.lora_A) for x in there):
+        return first.with_factors(first.lora_A, B)
+    mask = tuple(layer is not None for layer in found)
+    A = torch.cat([layer.lora_A for layer in there])
+    return first.with_factors(A, B, kind="MergedLinear", enable_lora=mask, out_splits=splits)
+
+
+def _known_rows(rows: Mapping[str, int], equal: Sequence[str]) -> int:
+    """k and v have as many rows as each other, and so have gate and up."""
+    return next((rows[part] for part in equal if part in rows), 0)
+
+
+def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapter, float]:
+    """The adapter in the form that most loaders read alike, and the worst relative rounding of B.
+
+    The rounding is 0.0 where B times the scale is exact, as for scales that are powers of two. It is
+    done once, in fp64, to `dtype`; None is the factors' own dtype if that is exact, else fp32.
+    Raises AdapterError for convolutions, trained biases and modules that were trained in full.
+    """
+    if adapter.saved or adapter.biases:
+        what = adapter.modules_to_save or tuple(adapter.biases)
+        raise AdapterError(
+            f"{what[0]} was trained in full, which vLLM and llama.cpp do not read: merge the adapter "
+            "into its base instead (python -m lora merge)"
+        )
+    r = max(layer.r * layer.parts for layer in adapter.layers.values())
+    layers, worst = {}, 0.0
+    for name, layer in adapter.layers.items():
+        if layer.kind.startswith("Conv"):
+            raise AdapterError(
+                f"{name} is a {layer.kind}: only linear layers and embeddings are read"
+            )
+        A, B = layer.dense()
+        scaled = B.double() * layer.scaling
+        own = torch.promote_types(A.dtype, B.dtype)
+        kept = dtype or (own if torch.equal(scaled.to(own).double(), scaled) else torch.float32)
+        rounded = scaled.to(kept)
+        if not torch.isfinite(rounded).all():
+            raise AdapterError(f"{name}: B times its scale {layer.scaling} overflows {kept}")
+        for exact, got in ((scaled, rounded), (A.double(), A.to(kept))):
+            error = (got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-300)
+            worst = max(worst, float(error))
+        missing = r - B.shape[1]
+        layers[name] = Layer(
+            "Embedding" if layer.kind == "Embedding" else "Linear",
+            torch.nn.functional.pad(A.to(kept), (0, 0, 0, missing)),
+            torch.nn.functional.pad(rounded, (0, missing)),
+            lora_alpha=r,
+            scaling=1.0,
+            lora_dropout=layer.lora_dropout,
+            transposed=layer.transposed,
+            fingerprint=layer.fingerprint,
+        )
+    return adapter.replaced(layers=layers), worst
+
+
+def to_loralib(adapter: Adapter) -> dict[str, Tensor]:
+    """The state dict of loralib's layers, as `lora.lora_state_dict` gives it.
+
+    It does not hold r, lora_alpha and the kinds: the model must be built with them. Raises
+    AdapterError for parts of unequal size and for modules that were trained in full, which loralib
+    does not have.
+    """
+    if adapter.saved:
+        raise AdapterError(
+            f"{adapter.modules_to_save[0]} was trained in full: loralib has no place for it"
+        )
+    state = {}
+    for name, layer in adapter.layers.items():
+        if layer.kind == "MergedLinear" and len(set(layer.out_splits or ())) > 1:
+            raise AdapterError(
+                f"{name} has parts of {list(layer.out_splits or ())} rows: loralib's MergedLinear has "
+                "equal ones"
+            )
+        state[f"{name}.lora_A"], state[f"{name}.lora_B"] = layer.lora_A, layer.lora_B
+    return {**state, **adapter.biases}
+
+
+def from_loralib(
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    lora_alpha: float,
+    *,
+    enable_lora: Sequence[bool] | None = None,
+    embeddings: Collection[str] = (),
+) -> Adapter:
+    """The adapter in a state dict of loralib's layers.
+
+    Args:
+        state: what `lora_state_dict` gave.
+        shapes: of the base's weights, by their name; they tell the kinds of the layers.
+        lora_alpha: of all layers; the file does not say it.
+        enable_lora: the mask of MergedLinear layers with parts that have no update.
+        embeddings: names, or ends of names, of the embeddings.
+    """
+    names = {key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")}
+    names |= {key.removesuffix(".lora_B") for key in state if key.endswith(".lora_B")}
+    layers = {}
+    for name in sorted(names):
+        A, B = state.get(f"{name}.lora_A"), state.get(f"{name}.lora_B")
+        shape = shapes.get(f"{name}.weight", shapes.get(f"{name}.conv.weight"))
+        if A is None or B is None or shape is None:
+            missing = "lora_A" if A is None else "lora_B" if B is None else "weight in the base"
+            raise AdapterError(f"{name} has no {missing}")
+        is_embedding = any(name == e or name.endswith(f".{e}") for e in embeddings)
+        try:
+            layers[name] = _from_loralib(A, B, tuple(shape), lora_alpha, enable_lora, is_embedding)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+    biases = {k: v for k, v in state.items() if k.rpartition(".")[2] == "bias"}
+    strange = [k for k in state if k not in biases and not k.endswith((".lora_A", ".lora_B"))]
+    if strange or not layers:
+        what = (
+            f"{strange[0]!r} is neither a factor nor a bias" if strange else "no lora_A, no lora_B"
+        )
+        raise AdapterError(f"this is no state dict of LoRA factors: {what}")
+    mode = "none" if not biases else "all"
+    return Adapter(layers=layers, bias=mode, biases=biases)
+
+
+def _from_loralib(
+    A: Tensor,
+    B: Tensor,
+    shape: tuple[int, ...],
+    lora_alpha: float,
+    enable_lora: Sequence[bool] | None,
+    is_embedding: bool,
+) -> Layer:
+    if A.ndim != 2 or B.ndim != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
+        raise AdapterError(f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit")
+    r, parts, dense = B.shape[1], A.shape[0] // B.shape[1], (B.shape[0], A.shape[1])
+    scale = (lora_alpha, lora_alpha / r)
+    if len(shape) > 2 and math.prod(shape[2:]) == 1 and shape[:2] == dense and parts == 1:
+        return Layer(f"Conv{len(shape) - 2}d", A, B, *scale)
+    if len(shape) == 2 and is_embedding and shape == (A.shape[1], B.shape[0]) and parts == 1:
+        return Layer("Embedding", A, B, *scale)
+    transposed = shape[0] == A.shape[1] and shape[-1] != A.shape[1]
+    out = shape[-1] if transposed else shape[0]
+    if len(shape) != 2 or A.shape[1] not in shape or is_embedding:
+        raise AdapterError(
+            f"factors {tuple(A.shape)}, {tuple(B.shape)} on a weight of {shape}: expected a linear "
+            "layer, an embedding, or a convolution with kernel size 1"
+        )
+    if parts == 1:
+        if transposed:
+            raise AdapterError(
+                f"factors {tuple(A.shape)}, {tuple(B.shape)} on a weight of {shape} may be an "
+                "embedding or a linear layer with fan_in_fan_out: name the embeddings (--embedding), "
+                "or load it into the patched model by lora.load_adapter"
+            )
+        return Layer("Linear", A, B, *scale)
+    rows = B.shape[0] // parts
+    mask = tuple(enable_lora or (True,) * (out // rows))
+    if sum(mask) != parts or rows * len(mask) != out or B.shape[0] != rows * parts:
+        raise AdapterError(
+            f"lora_B has the rows of {parts} parts of {rows}, the weight has {out} rows: say which "
+            f"parts have an update, {out // rows} of them (--enable-lora, such as 1,0,1), got {mask}"
+        )
+    splits = (rows,) * len(mask)
+    return Layer(
+        "MergedLinear", A, B, *scale, enable_lora=mask, out_splits=splits, transposed=transposed
+    )

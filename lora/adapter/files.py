@@ -1,0 +1,228 @@
+"""Files that are either the old ones or the new ones: atomic, durable writes and whole reads.
+
+`write_folder` puts several files into a folder. A folder that is not there yet appears whole: it is
+filled beside its place and renamed. In one that is there, every file is written under a temporary
+name, synced and renamed, in the order given; the first is the commit point. A process that dies
+leaves temporary files that nobody reads; they are locked while their writer lives, so that the next
+write or read can tell and remove them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contents import AdapterError
+
+if sys.platform != "win32":
+    import fcntl
+
+_MARK = ".lora-tmp-"
+_LARGEST_JSON = 64 << 20
+
+
+def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Make `folder` hold `contents` (file name to bytes); other files in it stay.
+
+    Raises OSError, its own kind, with the folder and the reason in words; what was there is then as
+    it was.
+    """
+    try:
+        if not folder.exists():
+            _make_folder(folder, contents)
+            return
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a folder")
+        tidy(folder)
+        for name, data in contents.items():
+            _replace(folder / name, data)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(
+            error.errno, f"cannot save to {folder}: {reason}; what was there is unchanged"
+        ) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file as `write_folder` writes several."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; give the name of a file")
+    write_folder(path.parent, {path.name: data})
+
+
+def _make_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder.parent, folder.name)
+    with _temporary_name(folder) as temporary:
+        temporary.mkdir()
+        with _locked(temporary):
+            for name, data in contents.items():
+                _write(temporary / name, data)
+            _sync(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                for name, data in contents.items():  # another process was first
+                    _replace(folder / name, data)
+    _sync(folder.parent)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _temporary_name(path) as temporary:
+        _write(temporary, data)
+        os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary_name(path: Path) -> Iterator[Path]:
+    """A name beside `path`; what bears it is removed at the end, if it was not renamed."""
+    temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(6)}")
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Create `path`, locked while it is written, with its bytes on the disk when this returns."""
+    with path.open("xb") as file, _locked(path):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in `folder` durable; Windows cannot open a folder."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder while the block lasts, where there are locks."""
+    if sys.platform == "win32":  # where nobody can remove an open file
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what writers that died have left in `folder`, and beside it in its name."""
+    _remove_stale(folder, "")
+    _remove_stale(folder.parent, folder.name)
+
+
+def _remove_stale(folder: Path, name: str) -> None:
+    for path in list(folder.glob(f".{name or '*'}{_MARK}*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, in use, or only others may remove it
+            _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    if sys.platform == "win32":
+        return _remove(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Reading
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a regular file, at one moment: a file renamed over it later is not mixed in."""
+    # Without waiting, since a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise AdapterError(f"{path} is no regular file")
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB, without duplicate keys."""
+    data = read_bytes(path)
+    if len(data) > _LARGEST_JSON:
+        raise AdapterError(f"{path} has {len(data):,} bytes: expected a small JSON file")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object in `data`; AdapterError for anything else."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return values
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.pt` or `.bin` file, by torch's loader that runs no code of the file."""
+    data = io.BytesIO(read_bytes(path))
+    try:
+        with zipfile.ZipFile(data) as archive:  # torch writes a zip but does not check its sums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the sum of {damaged} does not match")
+        data.seek(0)
+        state = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # its zip, unpickler and storage code raise nearly anything
+        reason = str(error).partition("\n")[0]
+        raise AdapterError(
+            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); expected a dict of "
+            "tensors that torch.save wrote"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise AdapterError(f"{path}: expected a dict of names to tensors")
+    return state

@@ -1,0 +1,54 @@
+"""A fingerprint of a frozen weight: enough to tell another base model, cheap to take.
+
+A sample of 64 elements, evenly spread over the weight as (out, in), each rounded to bf16; what is
+below 2⁻¹⁴ counts as zero. So a bf16 checkpoint has one fingerprint, whether it is loaded in bf16,
+fp32, fp64 or fp16 (whose normal numbers begin at 2⁻¹⁴). An fp32 checkpoint may have another in fp16,
+which rounds before bf16 does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLE = 64
+_SMALLEST = 2.0**-14
+
+
+def positions(elements: int) -> list[int]:
+    """Flat indices of the sample in a weight with so many elements."""
+    n = min(_SAMPLE, elements)
+    return [i * (elements - 1) // max(n - 1, 1) for i in range(n)]
+
+
+def of_sample(values: Tensor, shape: tuple[int, ...]) -> str:
+    """The fingerprint of a weight of this shape, from its elements at `positions`; fp16 is marked."""
+    rounded = values.detach().cpu().to(torch.bfloat16).float()
+    rounded[rounded.abs() < _SMALLEST] = 0.0
+    rounded += 0.0  # minus zero becomes zero
+    data = repr((tuple(shape), [float(v) for v in rounded.tolist()]))
+    mark = ":fp16" if values.dtype == torch.float16 else ""
+    return hashlib.sha256(data.encode()).hexdigest()[:16] + mark
+
+
+def agree(one: str, other: str | None) -> bool | None:
+    """Whether two fingerprints are of one weight; None where that cannot be told."""
+    if other is None:
+        return None
+    if one.partition(":")[0] == other.partition(":")[0]:
+        return True
+    return None if one.endswith(":fp16") != other.endswith(":fp16") else False
+
+
+def fingerprint(weight: Tensor) -> str | None:
+    """The fingerprint of `weight`, a matrix as (out, in); None if its values are not at hand.
+
+    They are not for weights that are quantised, sharded, fake or on the meta device.
+    """
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if not plain or weight.is_meta:
+        return None
+    where = torch.tensor(positions(weight.numel()), device=weight.device)
+    return of_sample(weight.detach()[torch.unravel_index(where, weight.shape)], tuple(weight.shape))

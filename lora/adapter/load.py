@@ -1,0 +1,471 @@
+"""From an adapter to a model: `load_adapter`.
+
+Everything that does not fit is found first; then what is new is built beside the model; only then
+the model is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._base import LoRALayer
+from ..full import is_full
+from ..patch import build_all, check_patchable, install, layer_type, unchanged_on_error
+from ..switch import DEFAULT, adapter_names, adapters_of, add_adapter, inner_model, name_adapter
+from ..targets import linear_names
+from . import files, fingerprint, peft_format
+from .contents import Adapter, AdapterError, Layer, listed
+from .save import CLASSES, active_modules, described, is_pointwise, matrix, plain_name
+from .storage import File, read_adapter
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `load_adapter` found; `str()` of it says it in words.
+
+    Attributes:
+        path: the file that was read.
+        loaded: names of the modules that have their values from it now.
+        problems: everything that does not fit; empty after a strict load.
+        verified: True if the file has a digest and it matches; a file of another library has none.
+        base: whether the frozen weights are those that the adapter was trained on: "matches",
+            "differs", or "not checked: ..." with the reason.
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    problems: tuple[str, ...]
+    verified: bool
+    base: str
+
+    def __str__(self) -> str:
+        digest = "verified" if self.verified else "not verified (no digest of ours)"
+        return "\n".join(
+            [
+                f"{self.path}: {digest}; {len(self.loaded)} modules loaded",
+                f"frozen weights: {self.base}",
+                *(f"problem: {problem}" for problem in self.problems),
+            ]
+        )
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    strict: bool = True,
+    merge_weights: bool = False,
+    lora_dtype: torch.dtype | None = None,
+) -> Report:
+    """Load an adapter of this library, of PEFT, or a loralib state dict into `model`.
+
+    A plain model is patched as the adapter says, and its factors train. A model with LoRA layers
+    keeps them: they must fit, scales included, and get the values. A new `name` on such a model adds
+    a further adapter, inactive until `lora.set_adapter`.
+
+    Args:
+        model: changed in place.
+        path: a folder, or a file in it. A `.pt` file (`torch.save(lora_state_dict(model), ...)`)
+            needs a model that is patched already, since it does not say rank and alpha.
+        name: of the adapter on the model; None is the active one ("default" on a plain model).
+        strict: False loads what fits and returns the problems, where True raises.
+        merge_weights, lora_dtype: of new layers, as in `lora.patch`. With lora_dtype None, factors
+            have the dtype of a file of ours, and of other files fp32 instead of bf16 and fp16, as
+            PEFT loads them.
+
+    Raises:
+        AdapterError (a ValueError): missing, unexpected or misshapen tensors, NaN or infinite values,
+            a digest that does not match, a missing alpha, another base model, features of PEFT that
+            are not here. The model is then as it was, to the bit.
+        TypeError: a module that cannot be adapted, see `lora.patch`.
+        FileNotFoundError: no adapter at `path`.
+
+    Warns if every update is zero: such an adapter does nothing yet.
+    """
+    model = inner_model(model)
+    names = adapter_names(model)
+    file = _read(model, Path(path))
+    if names and (name is None or name == names[0]):
+        plan = _plan_values(model, file)
+    elif name in names:
+        raise AdapterError(
+            f"name={name!r}: the model has such an adapter; lora.delete_adapter it first"
+        )
+    else:
+        plan = _plan_modules(model, file)
+    if strict and plan.problems:
+        raise AdapterError(f"{file.path}: {listed(plan.problems.values())}; the model is unchanged")
+    _carry_out(model, plan, file, name or DEFAULT, merge_weights, lora_dtype)
+    updates = [layer for n, layer in file.adapter.layers.items() if n in plan.loaded]
+    if updates and not any(layer.lora_A.any() and layer.lora_B.any() for layer in updates):
+        warnings.warn(f"{file.path}: this adapter does nothing yet: B is zero", stacklevel=2)
+    problems = tuple(plan.problems.values())
+    return Report(file.path, tuple(plan.loaded), problems, file.verified, plan.base)
+
+
+@dataclass
+class _Plan:
+    """What is going to be done, and what speaks against it.
+
+    problems: by the name of what they concern. values: (module, parameter or buffer, value), by
+    their paths, to be set. targets, full: paths where new modules go, and the adapter's names of them.
+    """
+
+    problems: dict[str, str]
+    base: str = ""
+    loaded: list[str] = field(default_factory=list)
+    values: list[tuple[str, str, Tensor]] = field(default_factory=list)
+    targets: dict[str, str] = field(default_factory=dict)
+    full: dict[str, str] = field(default_factory=dict)
+
+
+def _carry_out(
+    model: nn.Module,
+    plan: _Plan,
+    file: File,
+    name: str,
+    merge_weights: bool,
+    lora_dtype: torch.dtype | None,
+) -> None:
+    adapter, store = file.adapter, adapters_of(model)
+    if plan.targets or plan.full:
+        base = dict(_base_modules(model))
+
+        def build(path: str, module: nn.Module) -> LoRALayer:
+            layer = adapter.layers[plan.targets[path]]
+            dtype = lora_dtype or layer.lora_A.dtype
+            if lora_dtype is None and not file.native and dtype.itemsize < 4:
+                dtype = torch.float32
+            return _built(layer, module, merge_weights, dtype)
+
+        paths = [*plan.targets, *plan.full]
+        with unchanged_on_error(model, paths):
+            new = build_all(
+                model, {p: base[p] for p in plan.targets}, {p: base[p] for p in plan.full}, build
+            )
+            for path, own in plan.full.items():
+                _fill(new[path], own, adapter)
+            if store is None:
+                install(model, new, adapter.bias)
+                name_adapter(model, name)
+            else:
+                add_adapter(model, name, new)
+    for path, own, value in plan.values:
+        _set_value(model.get_submodule(path), own, value)
+
+
+# The file
+
+
+def _read(model: nn.Module, path: Path) -> File:
+    """The file; of a state dict, the adapter that its tensors are for `model`."""
+    alone = not (path.parent / peft_format.CONFIG_NAME).exists()
+    if path.is_file() and path.suffix != ".safetensors" and alone:
+        return _read_state_dict(model, path)
+    return read_adapter(path)
+
+
+def _read_state_dict(model: nn.Module, path: Path) -> File:
+    """What loralib's users save: bare tensors, whose meaning is in the model's layers."""
+    state = files.read_state_dict(path)
+    layers, saved = described(active_modules(model))
+    if not layers and not saved:
+        raise AdapterError(
+            f"{path} is a state dict, which does not say rank, alpha and kinds of layers: patch the "
+            "model as it was patched for training, then load it"
+        )
+    problems, found = {}, {}
+    for name, layer in layers.items():
+        A, B = (state.pop(f"{name}.{own}", None) for own in ("lora_A", "lora_B"))
+        if A is None or B is None:
+            problems[name] = f"missing tensor {name}.lora_{'A' if A is None else 'B'}"
+        elif (problem := _misshapen(name, [A, B], layer)) is not None:
+            problems[name] = problem
+        else:
+            found[name] = layer.with_factors(A, B, fingerprint=None)
+    parameters = {plain_name(n) for n, _ in model.named_parameters()}
+    biases = {k: state.pop(k) for k in list(state) if k in parameters and k.endswith("bias")}
+    adapter = Adapter(
+        layers=found,
+        bias="all" if biases else "none",
+        biases=biases,
+        saved={key: state.pop(key) for key in saved if key in state},
+    )
+    problems |= {key: f"unexpected tensor {key}" for key in state}
+    problems |= peft_format.problems_of_values(adapter.tensors())
+    return File(path, adapter, {}, problems, False, False, path.stat().st_size)
+
+
+# Into layers that are there
+
+
+def _plan_values(model: nn.Module, file: File) -> _Plan:
+    """Give the values to the active layers of the model."""
+    plan, adapter, modules = _Plan(dict(file.problems)), file.adapter, active_modules(model)
+    paths = {plain_name(path): path for path, _ in model.named_modules()}
+    layers, saved = described(modules)
+    for name in layers.keys() - adapter.layers.keys() - plan.problems.keys():
+        plan.problems[name] = f"missing: the file has nothing for {name}"
+    for name, layer in adapter.layers.items():
+        problem = _misfit(name, layer, layers[name]) if name in layers else _stranger(name, layers)
+        if problem is not None:
+            plan.problems[name] = problem
+            continue
+        plan.loaded.append(name)
+        for own in ("lora_A", "lora_B"):
+            _plan_value(plan, model, paths[name], own, getattr(layer, own))
+    for key in saved.keys() - adapter.saved.keys():
+        plan.problems[key] = f"missing tensor {key}"
+    for key, value in adapter.saved.items():
+        if key not in saved:
+            plan.problems[key] = (
+                f"unexpected: {key} was trained in full, here it is frozen: patch the model with "
+                f"modules_to_save={list(adapter.modules_to_save)}"
+            )
+        else:
+            _plan_named(plan, model, key, value)
+    plan.loaded += [name for name, module in modules.items() if is_full(module) and adapter.saved]
+    _plan_biases_and_copies(plan, model, adapter)
+    plan.base = _compare_bases(plan, adapter, modules)
+    return plan
+
+
+def _misfit(name: str, layer: Layer, now: Layer) -> str | None:
+    """Why an update cannot go into a LoRA layer, described as `now`; None if it can."""
+    for fact in ("kind", "enable_lora", "out_splits", "scaling"):
+        there, here = getattr(layer, fact), getattr(now, fact)
+        if there != here:
+            return (
+                f"misfit: {name}: {fact} is {there!r}, in the model {here!r}; load it into the plain "
+                "model (lora.unpatch) or under another name"
+            )
+    return _misshapen(name, [layer.lora_A, layer.lora_B], now)
+
+
+def _misshapen(name: str, factors: Iterable[Tensor], now: Layer) -> str | None:
+    there, here = (
+        [tuple(t.shape) for t in factors],
+        [tuple(now.lora_A.shape), tuple(now.lora_B.shape)],
+    )
+    if there == here:
+        return None
+    return f"misshapen: {name}: lora_A and lora_B are {there}, in the model {here}"
+
+
+def _stranger(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"unexpected: the model has no such layer as {name}" + (
+        f" (nearest: {near[0]})" if near else ""
+    )
+
+
+def _plan_named(plan: _Plan, model: nn.Module, key: str, value: Tensor) -> None:
+    """Plan the value of a tensor by its plain name in the state dict."""
+    paths = {plain_name(path): path for path, _ in model.named_modules()}
+    name, _, own = key.rpartition(".")
+    if name not in paths or _tensor(model.get_submodule(paths[name]), own) is None:
+        plan.problems[key] = f"unexpected tensor {key}: the model has none of this name"
+    else:
+        _plan_value(plan, model, paths[name], own, value)
+
+
+def _plan_value(plan: _Plan, model: nn.Module, path: str, own: str, value: Tensor) -> None:
+    """Plan a value; a problem if shape or dtype cannot hold it."""
+    now, key = _tensor(model.get_submodule(path), own), f"{plain_name(path)}.{own}"
+    assert now is not None
+    problem = _unholdable(key, value, now)
+    if problem:
+        plan.problems[key] = problem
+    else:
+        plan.values.append((path, own, value))
+
+
+def _unholdable(key: str, value: Tensor, now: Tensor) -> str | None:
+    """Why the tensor `now` cannot take `value`; None if it can, exactly."""
+    if value.shape != now.shape:
+        return f"misshapen: {key} is {tuple(value.shape)}, in the model {tuple(now.shape)}"
+    back = value.to(now.dtype).to(value.dtype)
+    if not torch.equal(back.nan_to_num(), value.nan_to_num()):
+        return f"dtype: {key} is {value.dtype}, {now.dtype} in the model would round it"
+    return None
+
+
+def _tensor(module: nn.Module, own: str) -> Tensor | None:
+    parameter = module._parameters.get(own)
+    return parameter if parameter is not None else module._buffers.get(own)
+
+
+def _set_value(module: nn.Module, own: str, value: Tensor) -> None:
+    now = _tensor(module, own)
+    assert now is not None
+    if now.is_meta:  # nothing to copy into
+        module._parameters[own] = nn.Parameter(value.to(now.dtype), now.requires_grad)
+    else:
+        with torch.no_grad():
+            now.copy_(value)
+
+
+def _plan_biases_and_copies(plan: _Plan, model: nn.Module, adapter: Adapter) -> None:
+    """Trained biases are set; tensors of the base that the file repeats must be this base's."""
+    for key, value in adapter.biases.items():
+        _plan_named(plan, model, key, value)
+    own = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    for key, value in adapter.copies.items():
+        now = own.get(key)
+        if now is None:
+            plan.problems[key] = f"unexpected tensor {key}: the model has none of this name"
+        elif now.shape != value.shape or not torch.equal(now.detach().cpu(), value.to(now.dtype)):
+            plan.problems[key] = (
+                f"unexpected tensor {key}: it differs from the model's; if it was trained, list its "
+                f"module in modules_to_save of {peft_format.CONFIG_NAME}"
+            )
+
+
+def _compare_bases(plan: _Plan, adapter: Adapter, modules: Mapping[str, nn.Module]) -> str:
+    """ "matches", "differs" (then also a problem), or "not checked: ..." """
+    known = {n: x.fingerprint for n, x in adapter.layers.items() if n in modules}
+    then = {name: value for name, value in known.items() if value is not None}
+    if not then:
+        return "not checked: the file has no fingerprint of them"
+    now = {name: fingerprint.fingerprint(matrix(modules[name])) for name in then}
+    verdicts = {name: fingerprint.agree(then[name], now[name]) for name in then}
+    differing = [name for name, verdict in verdicts.items() if verdict is False]
+    if differing:
+        trained_on = f" (it was trained on {adapter.base})" if adapter.base else ""
+        plan.problems["base"] = (
+            f"another base model: the frozen weights of {len(differing)} of {len(then)} layers are "
+            f"not those of the training{trained_on}, the first is {differing[0]}"
+        )
+        return "differs"
+    if None in verdicts.values():
+        return "not checked: they are quantised, sharded, on the meta device, or rounded by fp16"
+    return "matches"
+
+
+# Into modules that are not LoRA layers
+
+
+def _plan_modules(model: nn.Module, file: File) -> _Plan:
+    """Adapt the base's modules: of a plain model, or for a further adapter."""
+    plan, adapter, store = _Plan(dict(file.problems)), file.adapter, adapters_of(model)
+    if store is None:
+        check_patchable(model)
+    base = dict(_base_modules(model))
+    by_name = {plain_name(path): module for path, module in reversed(base.items())}
+    for name, layer in adapter.layers.items():
+        problem = _unfit(name, layer, by_name)
+        if problem is not None:
+            plan.problems[name] = problem
+        else:
+            plan.targets |= {path: name for path, m in base.items() if m is by_name[name]}
+            plan.loaded.append(name)
+    if not file.native:
+        _compare_selection(plan, model, file, by_name)
+    for name in adapter.modules_to_save:
+        _plan_full(plan, name, adapter, base)
+    if store is not None and adapter.biases:
+        plan.problems["bias"] = (
+            "biases: an adapter with trained biases cannot be beside another one"
+        )
+    _plan_biases_and_copies(plan, model, adapter)
+    plan.base = _compare_bases(plan, adapter, by_name)
+    return plan
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules of the model without any adapter."""
+    store = adapters_of(model)
+    replaced = store.base if store is not None else {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in replaced:
+            for inner, part in replaced[path].named_modules(remove_duplicate=False):
+                yield f"{path}.{inner}" if inner else path, part
+        elif path and not any(path.startswith(f"{outer}.") for outer in replaced):
+            yield path, module
+
+
+def _unfit(name: str, layer: Layer, base: Mapping[str, nn.Module]) -> str | None:
+    """Why an update does not fit the base's module of that name; None if it does."""
+    module = base.get(name)
+    if module is None:
+        return _stranger(name, base)
+    try:
+        kind = layer_type(module)
+    except TypeError as error:
+        return f"misfit: {name}: {error}"
+    if not issubclass(CLASSES[layer.kind], kind):
+        return f"misfit: {name} is a {type(module).__name__}, the update is a {layer.kind}'s"
+    shape = tuple(matrix(module).shape)
+    if shape[:2] != layer.shape:
+        return f"misshapen: {name} is {shape}, the update is for {layer.shape}"
+    if layer.kind.startswith("Conv") and not is_pointwise(module):
+        return f"misshapen: {name} is {shape}, the update is for kernel size 1 and one group"
+    return None
+
+
+def _compare_selection(
+    plan: _Plan, model: nn.Module, file: File, base: Mapping[str, nn.Module]
+) -> None:
+    """PEFT adapts what the config selects: no more and no less may be in the file."""
+    linear = {plain_name(name) for name in linear_names(model, dict(_base_modules(model)))}
+    chosen = peft_format.selected(file.config, base.keys(), linear)
+    leaves = {name for name in chosen if not any(True for _ in base[name].children())}
+    for name in sorted(leaves - file.adapter.layers.keys() - plan.problems.keys()):
+        plan.problems[name] = f"missing: the file has nothing for {name}, which its config selects"
+    for name in sorted(file.adapter.layers.keys() & base.keys() - chosen):
+        plan.problems[name] = f"unexpected: {name} is not selected by the config's target_modules"
+
+
+def _plan_full(plan: _Plan, entry: str, adapter: Adapter, base: Mapping[str, nn.Module]) -> None:
+    """Plan the modules that the entry of modules_to_save means."""
+    paths = [p for p in base if plain_name(p) == entry or plain_name(p).endswith(f".{entry}")]
+    if not paths:
+        plan.problems[entry] = _stranger(entry, [plain_name(p) for p in base])
+    for path in paths:
+        name, module = plain_name(path), base[path]
+        state = module.state_dict(keep_vars=True)
+        found = {k: adapter.saved[f"{name}.{k}"] for k in state if f"{name}.{k}" in adapter.saved}
+        for key in state.keys() - found.keys():
+            plan.problems[f"{name}.{key}"] = f"missing tensor {name}.{key}"
+        for key, value in found.items():
+            problem = _unholdable(f"{name}.{key}", value, state[key])
+            if problem is not None:
+                plan.problems[f"{name}.{key}"] = problem
+        if not any(f"{name}.{key}" in plan.problems for key in state):
+            plan.full[path] = name
+            plan.loaded.append(name)
+
+
+def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dtype) -> LoRALayer:
+    """The LoRA layer on `module` that `layer` describes."""
+    options: dict[str, Any] = {}
+    if layer.kind != "Embedding":
+        options["lora_dropout"] = layer.lora_dropout
+    if layer.kind == "MergedLinear":
+        options |= {"enable_lora": layer.enable_lora, "out_splits": layer.out_splits}
+    kind = CLASSES[layer.kind]
+    new: LoRALayer = kind.from_module(  # type: ignore[attr-defined]
+        module, layer.r, layer.lora_alpha, merge_weights=merge_weights, lora_dtype=dtype, **options
+    )
+    new.scaling = layer.scaling
+    for own in ("lora_A", "lora_B"):
+        factor = getattr(new, own)
+        place = torch.device("cpu") if factor.is_meta else factor.device
+        new._parameters[own] = nn.Parameter(getattr(layer, own).to(place, dtype, copy=True))
+    return new
+
+
+def _fill(module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Give a trainable copy its values."""
+    for key in module.state_dict():
+        inner, _, own = key.rpartition(".")
+        _set_value(module.get_submodule(inner), own, adapter.saved[f"{name}.{key}"])

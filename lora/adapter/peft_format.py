@@ -1,0 +1,407 @@
+"""Adapter to and from PEFT's two files: `adapter_config.json` and the tensors.
+
+    module X of kind                  tensors, each after "base_model.model."
+    Linear, MergedLinear              X.lora_A.weight (R, in), X.lora_B.weight (out, R)
+    Conv1d, Conv2d, Conv3d            the same, with kernel dimensions of size 1
+    Embedding                         X.lora_embedding_A (R, num), X.lora_embedding_B (dim, R)
+    bias of an adapted X, of another  X.base_layer.bias, X.bias
+    a module trained in full          X.weight, X.bias, ...
+
+A MergedLinear of n parts of rank r is one update of rank R = n·r whose lora_B has a block a part:
+the same numbers, since every other entry is zero. PEFT knows no such blocks: reading a file alone
+gives a Linear, and PEFT training on would fill the zeros. The scale is lora_alpha / R, or with
+rsLoRA lora_alpha / √R (arXiv 2312.03732). Fields and keys: PEFT 0.21, `LoraConfig` and
+`get_peft_model_state_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contents import DTYPES, Adapter, AdapterError, Layer
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What a config may say beside the fields below without changing what the adapter computes.
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# The others (pissa, olora, corda, loftq, lora_ga) also change the frozen weight.
+_INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
+_FACTORS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_embedding_A": "lora_A",
+    ".lora_embedding_B": "lora_B",
+}
+_CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors as PEFT names and shapes them."""
+    found: dict[str, Tensor] = {}
+    for name, layer in adapter.layers.items():
+        A, B = layer.dense()
+        if layer.kind.startswith("Conv"):
+            ones = (1,) * int(layer.kind[4])
+            A, B = A.reshape(*A.shape, *ones), B.reshape(*B.shape, *ones)
+        a, b = list(_FACTORS)[2:] if layer.kind == "Embedding" else list(_FACTORS)[:2]
+        found[f"{PREFIX}{name}{a}"], found[f"{PREFIX}{name}{b}"] = A, B
+    for key, bias in adapter.biases.items():
+        name, _, own = key.rpartition(".")
+        inner = f"{name}.base_layer.{own}" if name in adapter.layers else key
+        found[PREFIX + inner] = bias
+    found.update({PREFIX + key: tensor for key, tensor in adapter.saved.items()})
+    return found
+
+
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """`adapter_config.json`, with the fields that PEFT has had for long."""
+    layers = adapter.layers
+    ranks = {name: layer.r * layer.parts for name, layer in layers.items()}
+    stabilized = all(
+        layer.scaling == layer.lora_alpha / math.sqrt(layer.r) != layer.lora_alpha / layer.r
+        and layer.parts == 1
+        for layer in layers.values()
+    )
+    alphas = {
+        name: layer.lora_alpha if stabilized else _alpha(layer) for name, layer in layers.items()
+    }
+    r, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alphas)
+    dropouts = [layer.lora_dropout for layer in layers.values()]
+    return {
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": adapter.base,
+        "bias": adapter.bias,
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": Counter(dropouts).most_common(1)[0][0],
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "revision": None,
+        "target_modules": list(adapter.target_modules or layers),
+        "task_type": adapter.task_type,
+        "use_dora": False,
+        "use_rslora": stabilized,
+    }
+
+
+def _alpha(layer: Layer) -> float:
+    """The lora_alpha of the one update of rank parts · r that has this layer's scale."""
+    if layer.scaling == layer.lora_alpha / layer.r:
+        return layer.lora_alpha * layer.parts
+    return layer.scaling * (layer.r * layer.parts)
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the pattern for those names that have another."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    of_own_name: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        of_own_name.setdefault(name.rpartition(".")[2], set()).add(value)
+    pattern = {}
+    for name, value in values.items():
+        own = name.rpartition(".")[2]
+        if value != default or len(of_own_name[own]) > 1:
+            pattern[own if len(of_own_name[own]) == 1 else f"^{re.escape(name)}"] = value
+    return default, {key: value for key, value in pattern.items() if value != default}
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches `name`, by PEFT's rule."""
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise AdapterError(f"the pattern {key!r} is no regular expression: {error}") from None
+    return default
+
+
+# Reading
+
+
+def parse(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Adapter, dict[str, str]]:
+    """The adapter in a PEFT file, and its problems by module or key (strange keys, no factors).
+
+    AdapterError for what would be computed otherwise here: features that lora does not have, a
+    missing r or lora_alpha, another type of adapter.
+    """
+    check_config(config)
+    factors, others, unexpected = _by_module(tensors)
+    problems = {
+        key: f"unexpected tensor {key}: expected a name that begins with {PREFIX!r}"
+        for key in unexpected
+    }
+    layers: dict[str, Layer] = {}
+    for name, found in factors.items():
+        missing = {"lora_A", "lora_B"} - found.keys()
+        if missing:
+            problems[name] = f"missing tensor {name}.{missing.pop()}"
+            continue
+        try:
+            layers[name] = _layer(name, found, config)
+        except AdapterError as error:
+            problems[name] = f"misshapen: {name}: {error}"
+    biases, saved, copies, strange = _sort_others(others, factors, config)
+    problems |= {key: f"unexpected tensor {key}" for key in strange}
+    targets = config["target_modules"]
+    adapter = Adapter(
+        layers=layers,
+        bias=config.get("bias") or "none",
+        biases=biases,
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        saved=saved,
+        copies=copies,
+        base=config.get("base_model_name_or_path"),
+        task_type=config.get("task_type"),
+        target_modules=tuple(targets) if isinstance(targets, (list, tuple)) else None,
+    )
+    return adapter, problems
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """AdapterError unless `config` describes LoRA with known features and a known scale."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"peft_type={kind!r}: expected 'LORA'")
+    for name in ("r", "lora_alpha", "target_modules"):
+        if config.get(name) is None:
+            raise AdapterError(
+                f"{CONFIG_NAME} has no {name}: PEFT would take a default of its own; write the one "
+                "that the adapter was trained with into it"
+            )
+    strange = {
+        name: value
+        for name, value in config.items()
+        if name not in _READ | _WITHOUT_EFFECT and value not in (None, False, {}, [], "")
+    }
+    if config.get("init_lora_weights") not in _INITS_THAT_KEEP_THE_BASE:
+        strange["init_lora_weights"] = config["init_lora_weights"]
+    if strange:
+        name, value = min(strange.items())
+        raise AdapterError(
+            f"{name}={value!r}: lora does not have this feature of PEFT and would compute something "
+            f"else ({len(strange)} such field{'s' if len(strange) > 1 else ''}: "
+            f"{', '.join(sorted(strange))}); merge the adapter with PEFT instead"
+        )
+    _check_names(config)
+    _check_numbers(config)
+    if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(f"bias={config['bias']!r}: expected 'none', 'all' or 'lora_only'")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise AdapterError(f"lora_dropout={dropout!r}: expected a number in [0, 1)")
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern"):
+        value = config.get(name)
+        if not isinstance(value, (str, type(None))) and not _is_list_of(str, value):
+            raise AdapterError(f"{name}={value!r}: expected a list of names")
+    layers = config.get("layers_to_transform")
+    if not isinstance(layers, (int, type(None))) and not _is_list_of(int, layers):
+        raise AdapterError(f"layers_to_transform={layers!r}: expected a list of numbers")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise AdapterError(f"{name}={config[name]!r}: expected an object")
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    ranks = {"r": config["r"], **(config.get("rank_pattern") or {})}
+    alphas = {"lora_alpha": config["lora_alpha"], **(config.get("alpha_pattern") or {})}
+    for name, r in ranks.items():
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise AdapterError(f"rank of {name!r} is {r!r}: expected a whole number above 0")
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise AdapterError(f"alpha of {name!r} is {alpha!r}: expected a number")
+        if not math.isfinite(alpha):
+            raise AdapterError(f"alpha of {name!r} is {alpha!r}: expected a finite number")
+
+
+def _by_module(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Factors by module and own name; the other tensors by name; keys without PEFT's prefix."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    unexpected = []
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            unexpected.append(key)
+            continue
+        inner = key.removeprefix(PREFIX)
+        suffix = next((s for s in _FACTORS if inner.endswith(s)), None)
+        if suffix is None:
+            others[inner] = tensor
+        else:
+            found = factors.setdefault(inner.removesuffix(suffix), {})
+            found[_FACTORS[suffix]] = tensor
+            found.setdefault("embedding" if "embedding" in suffix else "weight", tensor)
+    return factors, others, unexpected
+
+
+def _layer(name: str, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
+    if "embedding" in found and "weight" in found:
+        raise AdapterError("it has factors of a linear layer and of an embedding")
+    A, B = found["lora_A"], found["lora_B"]
+    kind = "Embedding" if "embedding" in found else _CONVOLUTIONS.get(A.ndim, "Linear")
+    if kind.startswith("Conv"):
+        if A.ndim != B.ndim or any(size != 1 for size in (*A.shape[2:], *B.shape[2:])):
+            raise AdapterError(
+                f"lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)}: only convolutions with kernel "
+                "size 1 have the same factors in PEFT and here"
+            )
+        A, B = A.flatten(1), B.flatten(1)
+    r = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+    alpha = by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
+        raise AdapterError(
+            f"lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)}: {CONFIG_NAME} says rank {r}"
+        )
+    scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    dropout = config.get("lora_dropout") or 0.0
+    return Layer(kind, A, B, alpha, scaling, 0.0 if kind == "Embedding" else dropout)
+
+
+def _sort_others(
+    others: Mapping[str, Tensor], adapted: Collection[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Tensors that are no factors: trained biases, saved modules', copies of the base's, the rest."""
+    biases: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    strange = []
+    mode, modules = config.get("bias") or "none", config.get("modules_to_save") or ()
+    for key, tensor in others.items():
+        name, _, own = key.rpartition(".")
+        outer = name.removesuffix(".base_layer")
+        if any(_is_inside(name, module) for module in modules):
+            saved[key] = tensor
+        elif outer != name and own == "bias" and outer in adapted and mode != "none":
+            biases[f"{outer}.{own}"] = tensor
+        elif "bias" in own.split("_") and outer == name and mode == "all":
+            biases[key] = tensor
+        elif own == "weight" and (outer == name or outer in adapted):
+            copies[f"{outer}.{own}"] = tensor  # PEFT repeats embeddings that it did not train
+        else:
+            strange.append(key)
+    return biases, saved, copies, strange
+
+
+def _is_inside(name: str, module: str) -> bool:
+    """Whether the module `name` is one that the entry `module` of modules_to_save means, or in it."""
+    return re.match(rf"(?:.*\.)?{re.escape(module)}(?:$|\.)", name) is not None
+
+
+def problems_of_values(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What no adapter may hold: NaN, infinite values, tensors that are no floating-point numbers."""
+    problems = {}
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            problems[key] = f"{key} is {tensor.dtype}: expected {names}"
+        elif not torch.isfinite(tensor).all():
+            problems[key] = f"{key} has a NaN or infinite value"
+    return problems
+
+
+# What a config selects
+
+
+def selected(
+    config: Mapping[str, Any], names: Collection[str], linear: Collection[str]
+) -> set[str]:
+    """The modules among `names` that PEFT would adapt; `linear`: those that "all-linear" means."""
+    chosen = _by_targets(config, names, linear)
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, str):
+        chosen -= {name for name in chosen if re.fullmatch(excluded, name)}
+    elif excluded:
+        chosen -= {name for name in chosen if _is_suffix(name, excluded)}
+    modules = config.get("modules_to_save") or ()
+    return {name for name in chosen if not any(_is_inside(name, module) for module in modules)}
+
+
+def _by_targets(
+    config: Mapping[str, Any], names: Collection[str], linear: Collection[str]
+) -> set[str]:
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            return set(linear)
+        return {name for name in names if re.fullmatch(targets, name)}
+    chosen = {name for name in names if _is_suffix(name, targets)}
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return chosen
+    numbers = {layers} if isinstance(layers, int) else set(layers)
+    return {
+        name
+        for name in chosen
+        if name in targets or _layer_number(name, config.get("layers_pattern")) in numbers
+    }
+
+
+def _is_suffix(name: str, targets: Collection[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _layer_number(name: str, patterns: str | Collection[str] | None) -> int | None:
+    """The first number that follows a name, or that follows one of `patterns`."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1])
+    found = None if patterns else re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(found[1]) if found else None

@@ -1,0 +1,232 @@
+"""From a model to an adapter: `save_adapter`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._base import LoRALayer, lora_layers
+from ..conv import Conv1d, Conv2d, Conv3d
+from ..embedding import Embedding
+from ..full import full_modules
+from ..linear import Linear, is_transformers_conv1d
+from ..merged_linear import MergedLinear
+from ..state import adapter_parameters
+from ..switch import adapters_of, inner_model
+from .contents import Adapter, AdapterError, Layer
+from .fingerprint import fingerprint
+from .storage import write_adapter
+
+CLASSES: dict[str, type[LoRALayer]] = {
+    "Linear": Linear,
+    "MergedLinear": MergedLinear,
+    "Embedding": Embedding,
+    "Conv1d": Conv1d,
+    "Conv2d": Conv2d,
+    "Conv3d": Conv3d,
+}
+_KIND_OF = {kind: name for name, kind in CLASSES.items()}
+# What wrappers put into the names of the modules inside them.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    bias: str | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Save the LoRA factors, and what else `lora` trains, in PEFT's format into `directory`.
+
+    PEFT, transformers and this library read it; a MergedLinear becomes one update with a
+    block-diagonal B there, the very numbers. The safetensors file holds everything and is replaced
+    in one step: a process that dies at any moment leaves the old adapter or the new one.
+
+    Args:
+        model: with LoRA layers of any class of this library; convolutions with kernel size 1 and one
+            group. It may be compiled or in a data-parallel wrapper.
+        directory: made if it is not there.
+        name: which adapter of several; None is the active one.
+        bias: biases to save, as in `mark_only_lora_as_trainable`; None: those that train now.
+        base_model_name_or_path, task_type: for the config; None: as the model's own config says.
+
+    Raises:
+        AdapterError: a layer that PEFT's format cannot hold exactly, factors with NaN or infinite
+            values, sharded or meta factors, a model without LoRA layers.
+        OSError: no space, no permission, a directory that is a file. What was there is intact.
+
+    Warns if something trains that an adapter does not hold.
+    """
+    adapter = adapter_of(model, name, bias)
+    if base_model_name_or_path is not None:
+        adapter = adapter.replaced(base=base_model_name_or_path)
+    if task_type is not None:
+        adapter = adapter.replaced(task_type=task_type)
+    write_adapter(adapter, directory)
+
+
+def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = None) -> Adapter:
+    """The adapter of `model` (the active one, or `name`), on the model's own tensors."""
+    model = inner_model(model)
+    modules = _modules_of(model, name)
+    layers, saved = described(modules)
+    if not layers and not saved:
+        raise AdapterError(f"{type(model).__name__} has no LoRA layers with r > 0: nothing to save")
+    mode, biases = "none", dict[str, Tensor]()
+    if modules == active_modules(model):
+        mode, biases = _biases(model, bias)
+        _warn_of_the_rest(model, mode)
+    return Adapter(
+        layers=layers,
+        bias=mode,
+        biases={key: value for key, value in biases.items() if key not in saved},
+        modules_to_save=tuple(n for n, m in modules.items() if not isinstance(m, LoRALayer)),
+        saved=saved,
+        base=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        task_type=_task_type(model),
+        target_modules=_short_targets(layers, [plain_name(n) for n, _ in model.named_modules()]),
+    )
+
+
+def _modules_of(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    """What the adapter `name` (None: the active one) puts into the model, by plain name."""
+    store = adapters_of(model)
+    if name is None or store is None or name == store.active:
+        return active_modules(model)
+    if name not in store.modules:
+        known = ", ".join(map(repr, store.modules))
+        raise AdapterError(f"adapter {name!r}: expected one of {known}")
+    first_names = {module: path for path, module in reversed(store.modules[name].items())}
+    return {plain_name(path): module for module, path in reversed(first_names.items())}
+
+
+def active_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """LoRA layers with r > 0 and modules that train in full, by plain name."""
+    found = [*((n, m) for n, m in lora_layers(model) if m.r > 0), *full_modules(model)]
+    return {plain_name(path): module for path, module in found}
+
+
+def described(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """The updates of the LoRA layers, and the tensors of the modules that train in full."""
+    layers, saved = {}, {}
+    for name, module in modules.items():
+        if isinstance(module, LoRALayer):
+            layers[name] = _described(name, module)
+        else:
+            saved.update({f"{name}.{k}": v for k, v in module.state_dict().items()})
+    return layers, saved
+
+
+def plain_name(path: str) -> str:
+    """The module's name without wrappers such as torch.compile's."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _described(name: str, layer: LoRALayer) -> Layer:
+    kind = _KIND_OF.get(type(layer))
+    if not name:
+        raise AdapterError("the model is itself a LoRA layer, without a name: put it into a module")
+    if kind is None:
+        raise AdapterError(
+            f"{name} is a {type(layer).__name__}: expected one of lora's own classes"
+        )
+    for own in ("lora_A", "lora_B"):
+        factor = getattr(layer, own)
+        if factor.is_meta or hasattr(factor, "device_mesh"):
+            where = "on the meta device" if factor.is_meta else "sharded"
+            raise AdapterError(f"{name}.{own} is {where}: gather it first")
+    if isinstance(layer, (Conv1d, Conv2d, Conv3d)) and not is_pointwise(layer):
+        raise AdapterError(
+            f"{name} is a {kind} with kernel size {layer.kernel_size} and {layer.groups} groups: "
+            "PEFT's factors of it have other shapes, and only kernel size 1 with one group is exact; "
+            "save lora.lora_state_dict(model) instead"
+        )
+    parts: dict[str, Any] = {}
+    if isinstance(layer, MergedLinear):
+        parts = {"enable_lora": tuple(layer.enable_lora), "out_splits": tuple(layer.out_splits)}
+    return Layer(
+        kind=kind,
+        lora_A=layer.lora_A.detach(),
+        lora_B=layer.lora_B.detach(),
+        lora_alpha=layer.lora_alpha,
+        scaling=layer.scaling,
+        lora_dropout=float(getattr(layer.lora_dropout, "p", 0.0)),
+        transposed=_stands_for_conv1d(layer),
+        fingerprint=fingerprint(matrix(layer)),
+        **parts,
+    )
+
+
+def _stands_for_conv1d(layer: LoRALayer) -> bool:
+    """Whether `layer` stands for GPT-2's Conv1D, whose weight is (in, out)."""
+    plain = layer.__dict__.get("_plain_type")
+    return plain is not None and plain.__name__ == "Conv1D"
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a convolution is a linear layer at every position."""
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return all(size == 1 for size in layer.kernel_size) and layer.groups == 1
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The module's weight as (out, in), as stored if it has other dimensions."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    transposed = is_transformers_conv1d(module) or getattr(module, "fan_in_fan_out", False)
+    return weight.t() if transposed else weight
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the class is named for, as transformers names its classes."""
+    heads = {
+        "ForCausalLM": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    kind = type(model).__name__
+    return next((task for head, task in heads.items() if kind.endswith(head)), None)
+
+
+def _short_targets(layers: Mapping[str, Layer], names: list[str]) -> tuple[str, ...]:
+    """The last parts of the layers' names if they select these layers alone, else the whole names."""
+    own = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    chosen = {name for name in names if name.rpartition(".")[2] in own}
+    return own if chosen == set(layers) else tuple(layers)
+
+
+def _biases(model: nn.Module, mode: str | None) -> tuple[str, dict[str, Tensor]]:
+    """The mode, and the biases that it means, by their name in the plain model's state dict."""
+    named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=True)}
+    factors = {id(p) for p in adapter_parameters(model, "none")}
+    wanted = {
+        m: {id(p) for p in adapter_parameters(model, m)} - factors for m in ("lora_only", "all")
+    }
+    if mode is None:
+        trained = {id(p) for p in named.values() if p.requires_grad} & wanted["all"]
+        mode = "none" if not trained else "lora_only" if trained <= wanted["lora_only"] else "all"
+        chosen = trained
+    else:
+        chosen = {id(p) for p in adapter_parameters(model, mode)} - factors
+    return mode, {name: p.detach() for name, p in named.items() if id(p) in chosen}
+
+
+def _warn_of_the_rest(model: nn.Module, mode: str) -> None:
+    saved = {id(p) for p in adapter_parameters(model, mode)}
+    rest = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if rest:
+        warnings.warn(
+            f"{len(rest)} parameters train that are not part of the adapter, such as {rest[0]!r}: name "
+            "their modules in modules_to_save when patching, or freeze them by "
+            "lora.mark_only_lora_as_trainable(model)",
+            stacklevel=4,
+        )
