@@ -36,12 +36,10 @@ from chat_data import Data, InputError, encode_data, fingerprint, read_conversat
 from models import answers, checkpoint_activations, device, load, side_by_side
 from run_folder import (
     RunLog,
-    load_adapter,
     load_checkpoint,
     make_room,
     plot_losses,
     user_cache,
-    write_safely,
 )
 from settings import assign, binding, check
 from standin import STEPS as BASE_STEPS
@@ -209,9 +207,7 @@ def evaluate_and_save(setup: Setup, trainer: Trainer) -> dict[str, Any]:
     events.write("answers", when="after", answers=after)
     log.info("held-out questions, before and after:\n%s", side_by_side(shown, before, after))
 
-    factors = lora.lora_state_dict(trainer.model, bias=peft_config["bias"])
-    write_safely(output / "adapter.pt", lambda path: torch.save(factors, path))
-    write_safely(output / "peft_config.json", lambda path: path.write_text(json.dumps(peft_config)))
+    lora.save_adapter(trainer.model, output / "adapter", base_model_name_or_path=setup.base)
     return {
         "eval_loss_before": events.find("evaluate", when="before")["loss"],
         "eval_loss_after": loss,
@@ -225,8 +221,8 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     output = Path(training_config["output_dir"])
     size = training_config["per_device_eval_batch_size"]
     gc.collect()  # the trained model, of which nothing is needed any more
-    model = load_adapted(setup)
-    load_adapter(model, torch.load(output / "adapter.pt", map_location="cpu", weights_only=True))
+    model = load(AutoModelForCausalLM, setup.base, **setup.model_config).to(device())
+    lora.load_adapter(model, output / "adapter")
     reloaded = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
 
     lora.unpatch(model, merge=True).save_pretrained(output / "merged")

@@ -3,8 +3,7 @@
     log.jsonl            every event of the run, one JSON object on each line
     loss.png             the loss curves, drawn from these events
     checkpoints/         all that is needed to go on after an interruption
-    adapter.pt           the LoRA factors, as of the end of training
-    peft_config.json     how to build the layers that the factors belong to
+    adapter/             what was trained, in PEFT's format
     merged/              a plain model with the update folded in
 
 Every file that a run may need again is written under a temporary name and then renamed, so that it
@@ -33,8 +32,7 @@ _OWN_NAMES = (
     "log.jsonl",
     "loss.png",
     "checkpoints",
-    "adapter.pt",
-    "peft_config.json",
+    "adapter",
     "merged",
 )
 _FORMAT_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -147,16 +145,6 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
             f"cannot go on from {newest}, made with other settings: {'; '.join(differing)}"
         )
     return state
-
-
-def load_adapter(model: torch.nn.Module, factors: Mapping[str, torch.Tensor]) -> None:
-    """Put saved LoRA factors into a patched model; each must find its place."""
-    missing, unexpected = model.load_state_dict(dict(factors), strict=False)
-    missing = [name for name in missing if "lora_" in name]
-    if missing or unexpected:
-        raise InputError(
-            f"this adapter is another model's: {(unexpected + missing)[0]} has no match"
-        )
 
 
 def _load(path: Path, message: str) -> dict[str, Any]:

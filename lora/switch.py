@@ -141,10 +141,11 @@ def _put(model: nn.Module, store: Adapters, old: _Modules, new: _Modules) -> Non
     """Put `new` modules, and the base's where there is none, in the place of `old` ones."""
     for path in {**old, **new}:
         parent_name, _, own = path.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        module = new.get(path, store.base[path])
-        _take_over(getattr(parent, own), module)
-        setattr(parent, own, module)
+        places = model.get_submodule(parent_name)._modules
+        module, current = new.get(path, store.base[path]), places[own]
+        assert current is not None
+        _take_over(current, module)
+        places[own] = module  # setattr would look for Parameters and buffers of this name first
 
 
 def _take_over(current: nn.Module, module: nn.Module) -> None:
@@ -152,12 +153,12 @@ def _take_over(current: nn.Module, module: nn.Module) -> None:
     if isinstance(current, LoRALayer):
         current._drop_merged()
     for part in module.modules():  # not train(), which may merge
-        part.training = current.training
+        part.__dict__["training"] = current.training
     if not is_full(current) and not is_full(module):
         # The frozen weight may have become another Parameter meanwhile, as by load(assign=True).
-        for name in module._parameters.keys() & current._parameters.keys():
-            if not name.startswith("lora_"):
-                module._parameters[name] = current._parameters[name]
+        for name, parameter in current._parameters.items():
+            if name in module._parameters and not name.startswith("lora_"):
+                module._parameters[name] = parameter
     device = next(current.parameters()).device
     if any(parameter.device != device for parameter in module.parameters()):
         module.to(device)

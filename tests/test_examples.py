@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPT = EXAMPLES / "finetune_phi3.py"
@@ -66,7 +68,7 @@ def losses(output: Path) -> dict[tuple[str, int], float]:
 
 
 def same_factors(one: Path, other: Path) -> bool:
-    a, b = (torch.load(p / "adapter.pt", weights_only=True) for p in (one, other))
+    a, b = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -275,7 +277,7 @@ def test_resume_after_a_crash_is_equal_to_the_bit(uninterrupted, run, tmp_path):
     assert code == 0, err
     for name in ("checkpoint-20.pt", "checkpoint-30.pt"):  # as if it had ended in step 10
         (output / "checkpoints" / name).unlink()
-    (output / "adapter.pt").unlink()
+    shutil.rmtree(output / "adapter")
     code, out, err = run(*uninterrupted.arguments, "--output", output, "--resume")
     assert code == 0, err
     assert "resume" in (output / "log.jsonl").read_text()
