@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,7 @@ def _norm(layer: Layer) -> float:
     """Frobenius norm of the update: ‖s B A‖² = s² tr(BᵀB · AAᵀ), without forming B A."""
     A, B = (factor.double() for factor in layer.dense())
     square = float(((B.T @ B) * (A @ A.T)).sum())
-    return abs(layer.scaling) * max(square, 0.0) ** 0.5
+    return abs(layer.scaling) * math.sqrt(max(square, 0.0))
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
@@ -116,7 +117,7 @@ def _as_text(facts: Mapping[str, Any]) -> str:
         "dtype",
         "|update|",
     )
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for (own, kind, *rest), count in kinds.items():
         norms = [x["norm"] for x in layers if _row(x) == (own, kind, *rest)]
         span = f"{min(norms):.3g} to {max(norms):.3g}" if count > 1 else f"{norms[0]:.3g}"
@@ -165,7 +166,6 @@ def _check(args: argparse.Namespace) -> int:
         except AdapterError as error:
             print(f"problem: {error}")
             return 1
-        print(f"frozen weights: {report.base}")
         print(report)
     return 0
 
@@ -276,7 +276,6 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = read_adapter(args.adapter).checked()
     report = merge_checkpoint(args.base, adapter, args.out, progress=_progress("merging"))
     print(report)
-    print(f"frozen weights: {report.base}")
     print(f"{args.out}: {report.bytes:,} bytes; peak memory of this process {_peak():,} bytes")
     return 0
 

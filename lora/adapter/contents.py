@@ -122,13 +122,6 @@ class Layer:
             blocks[start:stop, part * self.r : (part + 1) * self.r] = B
         return self.lora_A, blocks
 
-    def update(self, rows: slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
-        """Rows of the dense update, scaling included, as (out, in); of an embedding, (num, dim)."""
-        A, B = (factor.to(dtype) for factor in self.dense())
-        if self.kind == "Embedding":
-            return (A.t()[rows] @ B.t()) * self.scaling
-        return (B[rows] @ A) * self.scaling
-
     def with_factors(self, lora_A: Tensor, lora_B: Tensor, **changes: object) -> Layer:
         return replace(self, lora_A=lora_A, lora_B=lora_B, **changes)  # type: ignore[arg-type]
 

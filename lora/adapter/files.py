@@ -64,21 +64,31 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _make_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    try:
+        with new_folder(folder) as temporary:
+            for name, data in contents.items():
+                _write(temporary / name, data)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        for name, data in contents.items():  # another process made it meanwhile
+            _replace(folder / name, data)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name at the end, or vanishes with all it has."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent, folder.name)
     with _temporary_name(folder) as temporary:
         temporary.mkdir()
         with _locked(temporary):
-            for name, data in contents.items():
-                _write(temporary / name, data)
-            _sync(temporary)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-                for name, data in contents.items():  # another process was first
-                    _replace(folder / name, data)
+            yield temporary
+            for inner, _, _ in os.walk(temporary):
+                _sync(Path(inner))
+            if folder.is_dir():
+                folder.rmdir()  # it is empty; Windows renames to no folder that exists
+            os.rename(temporary, folder)
     _sync(folder.parent)
 
 

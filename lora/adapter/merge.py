@@ -1,0 +1,472 @@
+"""merge_checkpoint: a plain checkpoint with an adapter merged in, for a base larger than memory.
+
+    merged = round(weight + scaling · update(lora_A, lora_B))
+
+in float64, rounded once to the dtype of the base's tensor, a block of rows at a time. weight is
+(out, in), or (in, out) if the layer is transposed; (num, dim) of an embedding; (out, in, 1, ...) of a
+convolution. Biases and modules that were trained in full take the place of the base's; every other
+tensor keeps its bytes. Shards, their order and the index stay as they are, and so do configuration,
+tokenizer and other files that are no weights.
+
+It builds no model. What it writes appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .check import compare_base
+from .checkpoint import INDEX, Checkpoint, Stored
+from .contents import DTYPES, Adapter, AdapterError, Layer
+from .files import new_folder
+
+Progress = Callable[[int, int], None]  # gets how many are done, and how many there are
+
+_ELEMENTS = 1 << 18  # of a block that is computed: 2 MiB in float64, a few of which exist at once
+_CHUNK = 16 << 20  # bytes of a block that is copied
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+_HEADS = ("lm_head", "embed_out")
+_NOT_CARRIED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.onnx_data", "*.index.json", "*.index.*.json", "adapter_config.json", ".*"),
+)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What merging did to one weight; norms are Frobenius's.
+
+    Attributes:
+        update_norm: of the dense update.
+        error_norm, max_error: of the rounded merged weight minus the exact sum in float64.
+        changed: share of the elements that differ from the base's.
+    """
+
+    update_norm: float
+    error_norm: float
+    max_error: float
+    changed: float
+
+    @property
+    def relative(self) -> float:
+        """How much of the update was lost in rounding."""
+        return self.error_norm / self.update_norm if self.update_norm else 0.0
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_checkpoint` did; `str()` of it is a table, the worst layer first.
+
+    Attributes:
+        layers: name of the module to what merging did to its weight.
+        tensors, bytes: of the checkpoint that was written.
+        copied_files: the files that were carried over, relative to the base's folder.
+        base: whether it is the base of the training: "matches", or "not checked: ..." and why.
+    """
+
+    layers: Mapping[str, LayerError]
+    tensors: int
+    bytes: int
+    copied_files: tuple[str, ...]
+    base: str
+
+    def __str__(self) -> str:
+        worst = sorted(self.layers.items(), key=lambda item: -item[1].relative)
+        cells = [("layer", "|update|", "|rounding|", "relative", "largest", "changed")] + [
+            (
+                name,
+                f"{error.update_norm:.4g}",
+                f"{error.error_norm:.4g}",
+                f"{error.relative:.2e}",
+                f"{error.max_error:.2e}",
+                f"{error.changed:.2%}",
+            )
+            for name, error in worst
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        total = (
+            f"{len(self.layers)} layers merged; {self.tensors:,} tensors, {self.bytes:,} bytes; "
+            f"{len(self.copied_files)} other files carried over"
+        )
+        return "\n".join([*lines, total, f"frozen weights: {self.base}"])
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: Adapter,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write to the new folder `out` the checkpoint in the folder `base` with `adapter` merged in.
+
+    Args:
+        progress: called after every tensor with how many are done, and how many there are.
+
+    Raises AdapterError, before anything is written, if the two do not fit, if the base is not the one
+    of the training, or if `out` is taken; later, if a merged value is not finite. OSError if the disk
+    is full. `out` is then as it was.
+    """
+    source, target = Checkpoint(base), Path(out).resolve()
+    _check_target(source.folder.resolve(), target)
+    merge = _Merge(source, adapter)
+    names = count_up(len(source.stored), progress)
+
+    def tensor_bytes(name: str) -> Iterator[memoryview]:
+        yield from merge.blocks(name)
+        next(names)
+
+    try:
+        with new_folder(target) as folder:
+            for shard, own in source.shards.items():
+                stored = {name: source.stored[name] for name in own}
+                _write_shard(folder / shard, stored, tensor_bytes)
+            if source.sharded:
+                _copy(source.folder / INDEX, folder / INDEX)
+            copied = tuple(_carried(source.folder))
+            for path in copied:
+                _copy(source.folder / path, folder / path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = f" ({error.filename})" if error.filename else ""
+        raise type(error)(
+            error.errno,
+            f"cannot write the merged checkpoint {target}: {reason}{where}; nothing was left of it",
+        ) from error
+    return merge.report(copied)
+
+
+def rehearse(
+    base: str | Path, adapter: Adapter, *, progress: Progress | None = None
+) -> MergeReport:
+    """All that `merge_checkpoint` does, but for writing: every check, and every layer's rounding.
+
+    The report counts no files. Raises AdapterError where `merge_checkpoint` would.
+    """
+    merge = _Merge(Checkpoint(base), adapter)
+    names = [*merge.weights, *merge.replaced]
+    steps = count_up(len(names), progress)
+    for name in names:
+        for _ in merge.blocks(name):
+            pass
+        next(steps)
+    return merge.report(())
+
+
+def count_up(total: int, progress: Progress | None) -> Iterator[None]:
+    """Tell `progress` of one more, at every `next`."""
+    for done in range(1, total + 1):
+        if progress is not None:
+            progress(done, total)
+        yield
+
+
+# What is written
+
+
+class _Merge:
+    """The tensors of the merged checkpoint, as blocks of bytes; made only if the adapter fits."""
+
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self.base = base
+        self.weights = {f"{name}.weight": name for name in adapter.layers}
+        self.layers = adapter.layers
+        self.replaced = {**adapter.biases, **adapter.saved}
+        self.errors: dict[str, LayerError] = {}
+        for name in self.weights.keys() & self.replaced.keys():
+            raise AdapterError(
+                f"{name!r} has a low-rank update and was trained in full too: expected one of "
+                "them; take it from modules_to_save or from the layers"
+            )
+        _check_ties(base, [*self.weights, *self.replaced])
+        copies = [(_stored_name(base, name), copy) for name, copy in adapter.copies.items()]
+        shapes = [(name, _weight_shape(self.layers[of])) for name, of in self.weights.items()]
+        shapes += [(name, tuple(t.shape)) for name, t in [*self.replaced.items(), *copies]]
+        _check_shapes(base, shapes)
+        for name in self.weights:
+            _check_dtype(base, name, torch.float32)
+        for name, tensor in self.replaced.items():
+            _check_dtype(base, name, tensor.dtype)
+        for name, copy in copies:
+            _check_copy(base, name, copy)
+        self.verdict = compare_base(base, adapter)
+
+    def report(self, copied: tuple[str, ...]) -> MergeReport:
+        stored = self.base.stored
+        return MergeReport(
+            {name: self.errors[name] for name in self.layers},
+            len(stored),
+            sum(tensor.nbytes for tensor in stored.values()),
+            copied,
+            self.verdict,
+        )
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of the tensor `name`."""
+        if name in self.weights:
+            yield from self._merged(name)
+        elif name in self.replaced:
+            dtype, value = self.base.dtype(name), self.replaced[name].detach()
+            for rows in _row_blocks(tuple(value.shape)):
+                given = value[rows].cpu() if value.ndim else value.cpu()
+                block = given if given.dtype == dtype else _rounded(given.double(), dtype)
+                _check_finite(name, block, given)
+                yield _bytes(block)
+        else:
+            nbytes = self.base.stored[name].nbytes
+            for start in range(0, nbytes, _CHUNK):
+                yield memoryview(self.base.read(name, start, min(start + _CHUNK, nbytes)))
+
+    def _merged(self, name: str) -> Iterator[memoryview]:
+        layer = self.layers[self.weights[name]]
+        left, right = _factors(layer)
+        shape, dtype = self.base.shape(name), self.base.dtype(name)
+        update_square = error_square = largest = 0.0
+        changed = 0
+        for rows in _row_blocks(shape):
+            weight = self.base.rows(name, rows.start, rows.stop)
+            update = (left[rows] @ right).mul_(layer.scaling).reshape(weight.shape)
+            exact = update + weight
+            merged = _rounded(exact, dtype)
+            _check_finite(name, merged, exact)
+            update_square += float(update.square_().sum())
+            changed += int((merged != weight).sum())
+            error = exact - merged  # not in place: in float64 they are one tensor
+            largest = max(largest, float(error.abs().max()))
+            error_square += float(error.square_().sum())
+            yield _bytes(merged)
+        self.errors[self.weights[name]] = LayerError(
+            math.sqrt(update_square),
+            math.sqrt(error_square),
+            largest,
+            changed / max(math.prod(shape), 1),
+        )
+
+
+def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
+    """(left, right) in float64 with the update scaling · left[rows] @ right of the stored rows.
+
+    `Layer.update` would give columns to a transposed weight, and make the blocks of a MergedLinear
+    anew for each block of rows.
+    """
+    A, B = (factor.detach().to("cpu", torch.float64) for factor in layer.dense())
+    return (A.t(), B.t()) if layer.transposed or layer.kind == "Embedding" else (B, A)
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first dimension with about _ELEMENTS elements; one for a tensor without."""
+    rows = shape[0] if shape else 1
+    step = max(_ELEMENTS // max(math.prod(shape[1:]), 1), 1)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 values rounded once, half to even.
+
+    torch rounds to bf16 and fp16 by way of fp32: twice, and 1 + 2⁻⁸ + 2⁻⁴⁰ becomes 1 in bf16 instead
+    of 1 + 2⁻⁷. So the way leads through fp32 rounded to odd: towards zero, with the last bit set if
+    anything was lost, which the second rounding then sees (Boldo and Melquiond, 2008: exact if the
+    format between has two bits more than the last).
+    """
+    if dtype.itemsize > 2:
+        return exact.to(dtype)
+    near = exact.to(torch.float32)
+    back = near.to(torch.float64)
+    bits = near.view(torch.int32)
+    bits -= (back.abs() > exact.abs()).int()
+    bits |= (back != exact).int()
+    return near.to(dtype)
+
+
+def _bytes(block: Tensor) -> memoryview:
+    return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_shard(
+    path: Path, tensors: Mapping[str, Stored], tensor_bytes: Callable[[str], Iterator[memoryview]]
+) -> None:
+    """A safetensors file with these dtypes and shapes, in this order, streamed from its blocks."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, stored in tensors.items():
+        offsets = [begin, begin + stored.nbytes]
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": offsets}
+        begin += stored.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in tensors:
+            for block in tensor_bytes(name):
+                file.write(block)
+        assert file.tell() == 8 + len(text) + begin
+        _to_disk(file)
+
+
+def _carried(base: Path) -> Iterator[str]:
+    """Files that go along: regular ones, or links to such, that are neither weights nor hidden."""
+    for folder, folders, files in os.walk(base, onerror=_fail):  # which enters no linked folder
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            weights = any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _NOT_CARRIED)
+            if not weights and (Path(folder) / name).is_file():
+                yield (Path(folder) / name).relative_to(base).as_posix()
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The contents of a file; a link, as in Hugging Face's cache, becomes a file of its own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as old, target.open("xb") as new:
+        shutil.copyfileobj(old, new)
+        _to_disk(new)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# What is refused
+
+
+def _check_target(base: Path, target: Path) -> None:
+    if target == base or base in target.parents:
+        raise AdapterError(
+            f"out={target} is the base's folder or lies in it: expected a folder elsewhere"
+        )
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"out={target} is a file: expected a new folder")
+    if target.exists() and any(target.iterdir()):
+        raise AdapterError(
+            f"out={target} is a folder with files in it: expected a new or an empty one; nothing is "
+            "overwritten, so remove it or choose another name"
+        )
+
+
+def _tail(name: str) -> str:
+    """Last part of the name of the module whose weight `name` is, else an empty string."""
+    module, _, own = name.rpartition(".")
+    return module.rpartition(".")[2] if own == "weight" else ""
+
+
+def _is_tied(base: Checkpoint) -> bool:
+    """Whether the head is the input embedding: as config.json says, or else as it looks.
+
+    config.json leaves it out where it is the default of the model's class, as for GPT-2 and Gemma.
+    """
+    configs = [c for c in (base.config, base.config.get("text_config")) if isinstance(c, dict)]
+    said = [c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c]
+    if said:
+        return any(said)
+    tails = {_tail(name) for name in base.stored}
+    return not (tails & set(_EMBEDDINGS) and tails & set(_HEADS))
+
+
+def _check_ties(base: Checkpoint, trained: Iterable[str]) -> None:
+    touched = [name for name in trained if _tail(name) in _EMBEDDINGS + _HEADS]
+    if touched and _is_tied(base):
+        raise AdapterError(
+            f"{touched[0]!r} was trained, and {base.folder} ties its input embedding and its head: "
+            "config.json sets tie_word_embeddings, or leaves it to the class and one is not stored. "
+            "Merging would change the other too, or untie them. Untie the base first (load it, "
+            "set tie_word_embeddings=False in its config, give lm_head.weight a copy, save it), or "
+            'train without; a base without a head needs "tie_word_embeddings": false in config.json'
+        )
+
+
+def _stored_name(base: Checkpoint, name: str) -> str:
+    """`name`, or that of the embedding for a head that the base does not store since it is tied."""
+    if name not in base and _tail(name) in _HEADS and _is_tied(base):
+        embeddings = [stored for stored in base.stored if _tail(stored) in _EMBEDDINGS]
+        if len(embeddings) == 1:
+            return embeddings[0]
+    return name
+
+
+def _weight_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape of the weight as it is stored; a convolution's kernel has size 1."""
+    shape = layer.shape[::-1] if layer.transposed else layer.shape
+    kernel = int(layer.kind[4]) if layer.kind.startswith("Conv") else 0
+    return *shape, *[1] * kernel
+
+
+def _check_shapes(base: Checkpoint, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Every name is in the base, with its shape; else the first of those that are not."""
+    missing = [name for name, _ in shapes if name not in base]
+    if missing:
+        nearest = difflib.get_close_matches(missing[0], base.names, 1, 0.0)
+        tied = " (tied tensors are stored under one name alone)" if _is_tied(base) else ""
+        raise AdapterError(
+            f"{len(missing)} of the adapter's {len(shapes)} tensors are not in {base.folder}: "
+            f"{', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}; expected "
+            f"names such as {nearest[0] if nearest else None!r}{tied}: give the base that it was "
+            "trained on"
+        )
+    wrong = [(name, shape) for name, shape in shapes if base.shape(name) != shape]
+    if wrong:
+        name, wants = wrong[0]
+        has = base.shape(name)
+        fix = "give the base that it was trained on"
+        if has[1:] == wants[1:]:
+            fix += (
+                f", or if its vocabulary was resized, resize the base first "
+                f"(model.resize_token_embeddings({wants[0]})) and save it"
+            )
+        raise AdapterError(
+            f"{len(wrong)} of the adapter's {len(shapes)} tensors have other shapes in "
+            f"{base.folder}: {name!r} is {has} there, expected {wants}; {fix}"
+        )
+
+
+def _check_dtype(base: Checkpoint, name: str, trained: torch.dtype) -> None:
+    dtype = base.dtype(name)
+    if dtype != trained and not (dtype in DTYPES and trained in DTYPES):
+        raise AdapterError(
+            f"{name!r} of {base.folder} is stored as {dtype}: expected one of "
+            f"{', '.join(map(str, DTYPES))} for what was trained in {trained}; give a base that is "
+            "not quantised"
+        )
+
+
+def _check_copy(base: Checkpoint, name: str, copy: Tensor) -> None:
+    """A copy was taken of the base as it was loaded: exact if widened, rounded if narrowed."""
+    for rows in _row_blocks(tuple(copy.shape)):
+        block = copy[rows] if copy.ndim else copy
+        if not torch.equal(base.rows(name, rows.start, rows.stop).to(copy.dtype), block.cpu()):
+            raise AdapterError(
+                f"the adapter's file repeats {name!r}, with other values than {base.folder}: "
+                "expected the base that it was trained on; if it was trained, name its module in "
+                "modules_to_save"
+            )
+
+
+def _check_finite(name: str, block: Tensor, exact: Tensor) -> None:
+    if block.dtype not in DTYPES or block.isfinite().all():
+        return
+    largest = float(exact.abs().max())
+    dtype = block.dtype
+    if math.isfinite(largest):
+        reason = f"{largest:g} is beyond {dtype}'s largest, {torch.finfo(dtype).max:g}"
+        fix = "save the base in bfloat16 or float32 first"
+    else:
+        reason, fix = "the base or the adapter holds inf or nan", "mend that first"
+    raise AdapterError(f"merging gives {name!r} values that are not finite: {reason}; {fix}")
