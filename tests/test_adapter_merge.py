@@ -303,7 +303,7 @@ def test_the_report(tiny, tmp_path):
     assert got.relative == got.error_norm / got.update_norm
     assert report.layers["still"] == merging.LayerError(0.0, 0.0, 0.0, 0.0)
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines] == ["layer", "a", "still", "2"]
+    assert [line.split()[0] for line in lines] == ["layer", "a", "still", "2", "frozen"]
     assert lines[-1] == (
         "2 layers merged; 3 tensors, 216 bytes written; 1 other files carried over"
     )
