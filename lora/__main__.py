@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (AdapterError, OSError) as error:
-        message = str(
-            error.strerror if isinstance(error, OSError) and error.filename is None else error
-        )
-        print(f"lora: error: {message or error}", file=sys.stderr)
+        said = error.strerror if isinstance(error, OSError) and not error.filename else None
+        print(f"lora: error: {said or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora: interrupted", file=sys.stderr)
@@ -146,7 +148,11 @@ def _row(layer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    file = read_adapter(args.path)
+    try:
+        file = read_adapter(args.path)
+    except AdapterError as error:
+        print(f"problem: {error}")
+        return 1
     for problem in file.problems.values():
         print(f"problem: {problem}")
     if file.problems:
@@ -194,7 +200,7 @@ def _convert(args: argparse.Namespace) -> int:
         notes.append(
             "exact"
             if rounding == 0
-            else f"B times its scale was rounded once, by {rounding:.1e} at most"
+            else f"rounded once, by {rounding:.1e} of the largest entry at most"
         )
     if args.dtype is not None and args.to != "portable":
         raise AdapterError(f"--dtype={args.dtype}: only --to portable changes the dtype")
@@ -315,7 +321,8 @@ def _mask(text: str) -> list[bool]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora",
-        description="Adapters on disk: what they hold, whether they are whole, conversions.",
+        description="Adapters on disk: what they hold, whether they are whole, conversions, merging.",
+        epilog="example: lora check adapter --base ./Phi-3-mini-4k-instruct",
     )
     parser.add_argument("--version", action="version", version=f"lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

@@ -99,8 +99,8 @@ class MergeReport:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         total = (
-            f"{len(self.layers)} layers merged; {self.tensors:,} tensors, {self.bytes:,} bytes; "
-            f"{len(self.copied_files)} other files carried over"
+            f"{len(self.layers)} layers; {self.tensors:,} tensors, {self.bytes:,} bytes; "
+            f"{len(self.copied_files)} other files"
         )
         return "\n".join([*lines, total, f"frozen weights: {self.base}"])
 

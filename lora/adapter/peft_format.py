@@ -179,7 +179,7 @@ def parse(
         for key in unexpected
     }
     layers: dict[str, Layer] = {}
-    for name, found in factors.items():
+    for name, found in sorted(factors.items(), key=_in_model_order):
         missing = {"lora_A", "lora_B"} - found.keys()
         if missing:
             problems[name] = f"missing tensor {name}.{missing.pop()}"
@@ -203,6 +203,12 @@ def parse(
         target_modules=tuple(targets) if isinstance(targets, (list, tuple)) else None,
     )
     return adapter, problems
+
+
+def _in_model_order(item: tuple[str, object]) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10, and attention before the MLP, as in transformers' decoders."""
+    parts = ["" if part == "self_attn" else part for part in item[0].split(".")]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def check_config(config: Mapping[str, Any]) -> None:

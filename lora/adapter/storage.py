@@ -75,7 +75,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     }
     for problem in peft_format.problems_of_values(tensors).values():
         raise AdapterError(f"not saved: {problem}")
-    facts = json.dumps(_facts(adapter, config), sort_keys=True)
+    facts = json.dumps(_facts(adapter, config))
     metadata = {"format": "pt", _FACTS: facts, _DIGEST: digest(facts, tensors)}
     files.write_folder(
         Path(directory),
