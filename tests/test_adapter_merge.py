@@ -304,9 +304,8 @@ def test_the_report(tiny, tmp_path):
     assert report.layers["still"] == merging.LayerError(0.0, 0.0, 0.0, 0.0)
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "a", "still", "2", "frozen"]
-    assert lines[-1] == (
-        "2 layers merged; 3 tensors, 216 bytes written; 1 other files carried over"
-    )
+    assert lines[-2] == "2 layers; 3 tensors, 216 bytes; 1 other files"
+    assert lines[-1] == "frozen weights: not checked: the adapter has no fingerprint of them"
 
 
 # What it carries over
