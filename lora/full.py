@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _ORIGINAL = "_lora_original"
 
@@ -47,16 +47,27 @@ def full_modules(
 def original(module: nn.Module) -> nn.Module:
     """The frozen module that `module` is the trainable copy of, on the copy's devices and dtypes."""
     plain: nn.Module = module.__dict__[_ORIGINAL]
-    for kept, own in zip(plain.modules(), module.modules(), strict=True):
-        for name, parameter in kept._parameters.items():
-            now = own._parameters[name]
-            if parameter is None or now is None:
-                continue
-            moved = parameter.detach().to(now.device, now.dtype)
-            if moved.device != parameter.device or moved.dtype != parameter.dtype:
-                # A new Parameter: the old one may be another module's too.
-                kept._parameters[name] = nn.Parameter(moved, requires_grad=False)
+    bring_over(plain, module)
     return plain
+
+
+def bring_over(module: nn.Module, reference: nn.Module) -> None:
+    """Give the Parameters and buffers of `module` the devices and dtypes of those of `reference`.
+
+    As new Parameters, where they differ: the old ones may be another module's too.
+    """
+    wanted = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+    for prefix, part in module.named_modules():
+        for registry in (part._parameters, part._buffers):
+            for own, tensor in registry.items():
+                like = wanted.get(f"{prefix}.{own}" if prefix else own)
+                if tensor is None or like is None or own.startswith("lora_"):
+                    continue
+                if tensor.device != like.device or tensor.dtype != like.dtype:
+                    moved: Tensor = tensor.detach().to(like.device, like.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        moved = nn.Parameter(moved, tensor.requires_grad)
+                    registry[own] = moved
 
 
 def settle(module: nn.Module) -> None:

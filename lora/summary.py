@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +84,15 @@ class Summary:
                 f"adapter: {self.adapter_bytes:,} bytes; optimizer (two moments a trainable "
                 f"parameter, as Adam): {self.optimizer_bytes:,} bytes",
                 f"merged: {self.merged_layers} of {layers} layers",
-                *(
-                    [f"trained in full: {', '.join(self.modules_to_save)}"]
-                    * bool(self.modules_to_save)
-                ),
-                *([f"adapters: {_active_first(self.adapters)}"] * (len(self.adapters) > 1)),
+                *self._extras(),
             ]
         )
+
+    def _extras(self) -> Iterator[str]:
+        if self.modules_to_save:
+            yield f"trained in full: {', '.join(self.modules_to_save)}"
+        if len(self.adapters) > 1:
+            yield f"adapters: {', '.join([f'{self.adapters[0]} (active)', *self.adapters[1:]])}"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -123,10 +126,6 @@ def summary(model: nn.Module) -> Summary:
     )
     print(table)
     return table
-
-
-def _active_first(names: tuple[str, ...]) -> str:
-    return ", ".join([f"{names[0]} (active)", *names[1:]])
 
 
 _Kind = tuple[str, tuple[int, ...], str, int, float, str]

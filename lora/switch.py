@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ._base import LoRALayer, lora_layers
-from .full import full_modules, is_full, original
+from .full import bring_over, full_modules, is_full, original
 
 DEFAULT = "default"
 _STORE = "_lora_adapters"
@@ -91,12 +91,16 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Exact and without a pass over any weight. What trains is what trained when it was active last,
     so make a new optimizer, or one over the Parameters of all adapters. A compiled model does not
     recompile for the same ranks and scales, and once for a new one. Raises ValueError if there is
-    no such adapter.
+    no such adapter, and within `lora.disabled`.
 
     >>> set_adapter(model, "b")  # doctest: +SKIP
     """
     model = inner_model(model)
     store = _store_with(model, name)
+    if any(layer.disabled for _, layer in lora_layers(model)):
+        raise ValueError(
+            f"adapter {name!r}: the model's adapter is disabled; leave lora.disabled first"
+        )
     if name != store.active:
         _put(model, store, store.modules[store.active], store.modules[name])
         store.active = name
@@ -104,6 +108,8 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove the adapter `name`; with the last one the model is the plain base again.
+
+    Biases that were trained stay trained.
 
     Raises ValueError if there is no such adapter, or if it is active and there are others.
     """
@@ -154,11 +160,13 @@ def _take_over(current: nn.Module, module: nn.Module) -> None:
         current._drop_merged()
     for part in module.modules():  # not train(), which may merge
         part.__dict__["training"] = current.training
-    if not is_full(current) and not is_full(module):
+    if is_full(current) or is_full(module):
+        bring_over(module, current)
+    else:
         # The frozen weight may have become another Parameter meanwhile, as by load(assign=True).
         for name, parameter in current._parameters.items():
             if name in module._parameters and not name.startswith("lora_"):
                 module._parameters[name] = parameter
-    device = next(current.parameters()).device
-    if any(parameter.device != device for parameter in module.parameters()):
-        module.to(device)
+    if isinstance(module, LoRALayer) and module.lora_A.device != module.weight.device:
+        for factor in (module.lora_A, module.lora_B):
+            factor.data = factor.data.to(module.weight.device)

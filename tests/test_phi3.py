@@ -344,7 +344,11 @@ REFUSED = {
     "quantised": (quantised, {}, r"layers\.1\.mlp\.down_proj: .*Packed"),
     "offloaded": (offloaded, {}, "accelerate"),
     "compiled": (lambda make: torch.compile(make(), backend="eager"), {}, "patch the model first"),
-    "modules_to_save": (lambda make: make(), {"modules_to_save": ["lm_heat"]}, "nearest: .lm_head."),
+    "modules_to_save": (
+        lambda make: make(),
+        {"modules_to_save": ["lm_heat"]},
+        "nearest: .lm_head.",
+    ),
     "task_type": (lambda make: make(), {"task_type": "SEQ2SEQ"}, "task_type='SEQ2SEQ'"),
     "enable_qkv": (lambda make: make(), {"enable_qkv": (True, True)}, "three bools"),
     "nothing enabled": (lambda make: make(), {"enable_qkv": (False,) * 3}, "enables no part"),

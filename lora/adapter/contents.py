@@ -154,6 +154,23 @@ class Adapter:
     def replaced(self, **changes: object) -> Self:
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def sound(self) -> tuple[Self, dict[str, str]]:
+        """The adapter without tensors that no adapter may hold, and these, by name, in words.
+
+        They are NaN, infinite values, and tensors that are no floating-point numbers.
+        """
+        bad = {key: p for key, t in self.tensors().items() if (p := _problem(t)) is not None}
+        if not bad:
+            return self, {}
+        named: dict[str, str] = {}
+        for key in bad:
+            named.setdefault(key.removesuffix(".lora_A").removesuffix(".lora_B"), key)
+        kept = {
+            part: {key: value for key, value in getattr(self, part).items() if key not in named}
+            for part in ("layers", "biases", "saved")
+        }
+        return self.replaced(**kept), {name: f"{key} {bad[key]}" for name, key in named.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that was trained, by module name and own name."""
         factors = {
@@ -162,3 +179,10 @@ class Adapter:
             for own in ("lora_A", "lora_B")
         }
         return {**factors, **self.biases, **self.saved}
+
+
+def _problem(tensor: Tensor) -> str | None:
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"is {tensor.dtype}: expected {names}"
+    return None if torch.isfinite(tensor).all() else "has a NaN or infinite value"

@@ -32,6 +32,7 @@ def split(adapter: Adapter, qkv_rows: Sequence[int] | None = None) -> Adapter:
     """
     layers: dict[str, Layer] = {}
     masks: dict[str, set[tuple[bool, ...]]] = {}
+    _refuse_trained(adapter, PARTS)
     for name, layer in adapter.layers.items():
         prefix, own = _own_name(name)
         if own not in PARTS:
@@ -39,8 +40,6 @@ def split(adapter: Adapter, qkv_rows: Sequence[int] | None = None) -> Adapter:
                 raise AdapterError(f"{name} has parts, and no names for them are known: not split")
             layers[name] = layer
             continue
-        if f"{name}.bias" in adapter.biases:
-            raise AdapterError(f"{name} has a trained bias: not split")
         pieces = _pieces(name, layer, own, qkv_rows)
         masks.setdefault(own, set()).add(tuple(piece is not None for piece in pieces))
         for part, piece in zip(PARTS[own], pieces, strict=True):
@@ -48,6 +47,16 @@ def split(adapter: Adapter, qkv_rows: Sequence[int] | None = None) -> Adapter:
                 layers[prefix + part] = piece
     targets = _retarget(adapter.target_modules, masks)
     return adapter.replaced(layers=layers, target_modules=targets)
+
+
+def _refuse_trained(adapter: Adapter, renamed: Collection[str]) -> None:
+    """Tensors that were trained as they are, in modules that will have other names."""
+    for key in (*adapter.biases, *adapter.saved):
+        module = next((part for part in key.split(".") if part in renamed), None)
+        if module is not None:
+            raise AdapterError(
+                f"{key} was trained itself, and {module} would not be there any more"
+            )
 
 
 def _own_name(name: str) -> tuple[str, str]:
@@ -86,14 +95,14 @@ def _retarget(
     """Short names for the parts, where every layer has the same ones; else None, the whole names."""
     if targets is None or any("." in t for t in targets) or any(len(m) > 1 for m in masks.values()):
         return None
-    return tuple(
-        part
-        for target in targets
-        for part, on in zip(
-            PARTS.get(target, (target,)), next(iter(masks.get(target, {(True,)}))), strict=True
-        )
-        if on
-    )
+    parts: list[str] = []
+    for target in targets:
+        if target not in PARTS:
+            parts.append(target)
+        elif target in masks:
+            mask = next(iter(masks[target]))
+            parts += [part for part, on in zip(PARTS[target], mask, strict=True) if on]
+    return tuple(parts)
 
 
 def fuse(adapter: Adapter) -> Adapter:
@@ -103,6 +112,7 @@ def fuse(adapter: Adapter) -> Adapter:
     for parts of different rank or scale, and where the rows of a missing part are not known.
     """
     of_part = {part: fused for fused, parts in PARTS.items() for part in parts}
+    _refuse_trained(adapter, of_part)
     layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
         prefix, own = _own_name(name)
@@ -128,8 +138,9 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
             "rank and scale"
         )
     rows = {p: x.shape[0] for p, x in zip(PARTS[own], found, strict=True) if x is not None}
-    rows |= dict.fromkeys(set(PARTS[own][-2:]) - rows.keys(), _known_rows(rows, PARTS[own][-2:]))
-    splits = tuple(rows.get(part, 0) for part in PARTS[own])
+    equal = PARTS[own][-2:]  # k and v have as many rows as each other, and so have gate and up
+    known = next((rows[part] for part in equal if part in rows), 0)
+    splits = tuple(rows.get(part, known if part in equal else 0) for part in PARTS[own])
     if not all(splits):
         raise AdapterError(
             f"{name}: the adapter has {', '.join(rows)} alone, so the rows of the others are unknown"
@@ -141,11 +152,6 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
     mask = tuple(layer is not None for layer in found)
     A = torch.cat([layer.lora_A for layer in there])
     return first.with_factors(A, B, kind="MergedLinear", enable_lora=mask, out_splits=splits)
-
-
-def _known_rows(rows: Mapping[str, int], equal: Sequence[str]) -> int:
-    """k and v have as many rows as each other, and so have gate and up."""
-    return next((rows[part] for part in equal if part in rows), 0)
 
 
 def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapter, float]:
@@ -173,8 +179,8 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapte
         own = torch.promote_types(A.dtype, B.dtype)
         kept = dtype or (own if torch.equal(scaled.to(own).double(), scaled) else torch.float32)
         rounded = scaled.to(kept)
-        if not torch.isfinite(rounded).all():
-            raise AdapterError(f"{name}: B times its scale {layer.scaling} overflows {kept}")
+        if not torch.isfinite(rounded).all() or not torch.isfinite(A.to(kept)).all():
+            raise AdapterError(f"{name}: A, or B times its scale {layer.scaling}, overflows {kept}")
         for exact, got in ((scaled, rounded), (A.double(), A.to(kept))):
             error = (got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-300)
             worst = max(worst, float(error))
@@ -189,7 +195,7 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapte
             transposed=layer.transposed,
             fingerprint=layer.fingerprint,
         )
-    return adapter.replaced(layers=layers), worst
+    return adapter.replaced(layers=layers, bias="none"), worst
 
 
 def to_loralib(adapter: Adapter) -> dict[str, Tensor]:
@@ -272,27 +278,26 @@ def _from_loralib(
         return Layer(f"Conv{len(shape) - 2}d", A, B, *scale)
     if len(shape) == 2 and is_embedding and shape == (A.shape[1], B.shape[0]) and parts == 1:
         return Layer("Embedding", A, B, *scale)
-    transposed = shape[0] == A.shape[1] and shape[-1] != A.shape[1]
-    out = shape[-1] if transposed else shape[0]
     if len(shape) != 2 or A.shape[1] not in shape or is_embedding:
         raise AdapterError(
             f"factors {tuple(A.shape)}, {tuple(B.shape)} on a weight of {shape}: expected a linear "
             "layer, an embedding, or a convolution with kernel size 1"
         )
-    if parts == 1:
-        if transposed:
-            raise AdapterError(
-                f"factors {tuple(A.shape)}, {tuple(B.shape)} on a weight of {shape} may be an "
-                "embedding or a linear layer with fan_in_fan_out: name the embeddings (--embedding), "
-                "or load it into the patched model by lora.load_adapter"
-            )
+    if parts == 1 and shape == dense:
         return Layer("Linear", A, B, *scale)
-    rows = B.shape[0] // parts
-    mask = tuple(enable_lora or (True,) * (out // rows))
-    if sum(mask) != parts or rows * len(mask) != out or B.shape[0] != rows * parts:
+    if parts == 1 and shape == dense[::-1]:
         raise AdapterError(
-            f"lora_B has the rows of {parts} parts of {rows}, the weight has {out} rows: say which "
-            f"parts have an update, {out // rows} of them (--enable-lora, such as 1,0,1), got {mask}"
+            f"factors {tuple(A.shape)}, {tuple(B.shape)} on a weight of {shape} may be an embedding "
+            "or a linear layer with fan_in_fan_out: name the embeddings (--embedding), or load it "
+            "into the patched model by lora.load_adapter"
+        )
+    transposed = shape[1] != A.shape[1]
+    out, rows = shape[1] if transposed else shape[0], B.shape[0] // parts
+    mask = tuple(enable_lora or (True,) * (out // max(rows, 1)))
+    if not rows or sum(mask) != parts or rows * len(mask) != out or B.shape[0] != rows * parts:
+        raise AdapterError(
+            f"lora_B has {B.shape[0]} rows of {parts} parts, the weight has {out}: say which parts "
+            f"have an update (--enable-lora, such as 1,0,1), got {mask}"
         )
     splits = (rows,) * len(mask)
     return Layer(

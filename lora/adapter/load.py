@@ -23,7 +23,15 @@ from ..switch import DEFAULT, adapter_names, adapters_of, add_adapter, inner_mod
 from ..targets import linear_names
 from . import files, fingerprint, peft_format
 from .contents import Adapter, AdapterError, Layer, listed
-from .save import CLASSES, active_modules, described, is_pointwise, matrix, plain_name
+from .save import (
+    CLASSES,
+    active_modules,
+    described,
+    is_pointwise,
+    matrix,
+    plain_name,
+    trained_biases,
+)
 from .storage import File, read_adapter
 
 
@@ -201,8 +209,8 @@ def _read_state_dict(model: nn.Module, path: Path) -> File:
         saved={key: state.pop(key) for key in saved if key in state},
     )
     problems |= {key: f"unexpected tensor {key}" for key in state}
-    problems |= peft_format.problems_of_values(adapter.tensors())
-    return File(path, adapter, {}, problems, False, False, path.stat().st_size)
+    adapter, bad = adapter.sound()
+    return File(path, adapter, {}, problems | bad, False, False, path.stat().st_size)
 
 
 # Into layers that are there
@@ -213,7 +221,7 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
     plan, adapter, modules = _Plan(dict(file.problems)), file.adapter, active_modules(model)
     paths = {plain_name(path): path for path, _ in model.named_modules()}
     layers, saved = described(modules)
-    for name in layers.keys() - adapter.layers.keys() - plan.problems.keys():
+    for name in sorted(layers.keys() - adapter.layers.keys() - plan.problems.keys()):
         plan.problems[name] = f"missing: the file has nothing for {name}"
     for name, layer in adapter.layers.items():
         problem = _misfit(name, layer, layers[name]) if name in layers else _stranger(name, layers)
@@ -223,7 +231,7 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
         plan.loaded.append(name)
         for own in ("lora_A", "lora_B"):
             _plan_value(plan, model, paths[name], own, getattr(layer, own))
-    for key in saved.keys() - adapter.saved.keys():
+    for key in sorted(saved.keys() - adapter.saved.keys() - plan.problems.keys()):
         plan.problems[key] = f"missing tensor {key}"
     for key, value in adapter.saved.items():
         if key not in saved:
@@ -370,9 +378,13 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
             plan.loaded.append(name)
     if not file.native:
         _compare_selection(plan, model, file, by_name)
-    for name in adapter.modules_to_save:
-        _plan_full(plan, name, adapter, base)
-    if store is not None and adapter.biases:
+    claimed = {key for n in adapter.modules_to_save for key in _plan_full(plan, n, adapter, base)}
+    for key in adapter.saved.keys() - claimed:
+        # With bias="all" PEFT repeats the copy's bias, and the frozen one, under names of its own.
+        if not key.endswith((".original_module.bias", ".modules_to_save.bias")):
+            text = f"unexpected tensor {key}: the model has none of this name"
+            plan.problems.setdefault(key, text)
+    if store is not None and (adapter.biases or trained_biases(model, None)[1]):
         plan.problems["bias"] = (
             "biases: an adapter with trained biases cannot be beside another one"
         )
@@ -425,22 +437,23 @@ def _compare_selection(
         plan.problems[name] = f"unexpected: {name} is not selected by the config's target_modules"
 
 
-def _plan_full(plan: _Plan, entry: str, adapter: Adapter, base: Mapping[str, nn.Module]) -> None:
-    """Plan the modules that the entry of modules_to_save means."""
+def _plan_full(
+    plan: _Plan, entry: str, adapter: Adapter, base: Mapping[str, nn.Module]
+) -> Iterator[str]:
+    """Plan the modules that the entry of modules_to_save means; the names of their tensors."""
     paths = [p for p in base if plain_name(p) == entry or plain_name(p).endswith(f".{entry}")]
     if not paths:
         plan.problems[entry] = _stranger(entry, [plain_name(p) for p in base])
     for path in paths:
-        name, module = plain_name(path), base[path]
-        state = module.state_dict(keep_vars=True)
-        found = {k: adapter.saved[f"{name}.{k}"] for k in state if f"{name}.{k}" in adapter.saved}
-        for key in state.keys() - found.keys():
-            plan.problems[f"{name}.{key}"] = f"missing tensor {name}.{key}"
-        for key, value in found.items():
-            problem = _unholdable(f"{name}.{key}", value, state[key])
-            if problem is not None:
-                plan.problems[f"{name}.{key}"] = problem
-        if not any(f"{name}.{key}" in plan.problems for key in state):
+        name, problems = plain_name(path), {}
+        for key, now in base[path].state_dict(prefix=f"{name}.").items():
+            yield key
+            if key not in adapter.saved:
+                problems[key] = f"missing tensor {key}"
+            elif (problem := _unholdable(key, adapter.saved[key], now)) is not None:
+                problems[key] = problem
+        plan.problems |= problems
+        if not problems:
             plan.full[path] = name
             plan.loaded.append(name)
 

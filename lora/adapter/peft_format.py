@@ -22,10 +22,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .contents import DTYPES, Adapter, AdapterError, Layer
+from .contents import Adapter, AdapterError, Layer
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -348,18 +347,6 @@ def _sort_others(
 def _is_inside(name: str, module: str) -> bool:
     """Whether the module `name` is one that the entry `module` of modules_to_save means, or in it."""
     return re.match(rf"(?:.*\.)?{re.escape(module)}(?:$|\.)", name) is not None
-
-
-def problems_of_values(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What no adapter may hold: NaN, infinite values, tensors that are no floating-point numbers."""
-    problems = {}
-    for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            problems[key] = f"{key} is {tensor.dtype}: expected {names}"
-        elif not torch.isfinite(tensor).all():
-            problems[key] = f"{key} has a NaN or infinite value"
-    return problems
 
 
 # What a config selects

@@ -81,7 +81,7 @@ def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = Non
         raise AdapterError(f"{type(model).__name__} has no LoRA layers with r > 0: nothing to save")
     mode, biases = "none", dict[str, Tensor]()
     if modules == active_modules(model):
-        mode, biases = _biases(model, bias)
+        mode, biases = trained_biases(model, bias)
         _warn_of_the_rest(model, mode)
     return Adapter(
         layers=layers,
@@ -204,7 +204,7 @@ def _short_targets(layers: Mapping[str, Layer], names: list[str]) -> tuple[str, 
     return own if chosen == set(layers) else tuple(layers)
 
 
-def _biases(model: nn.Module, mode: str | None) -> tuple[str, dict[str, Tensor]]:
+def trained_biases(model: nn.Module, mode: str | None) -> tuple[str, dict[str, Tensor]]:
     """The mode, and the biases that it means, by their name in the plain model's state dict."""
     named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=True)}
     factors = {id(p) for p in adapter_parameters(model, "none")}

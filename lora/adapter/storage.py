@@ -66,15 +66,15 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     """Write `adapter` into `directory`, atomically and durably (see `files.write_folder`)."""
     from safetensors.torch import save
 
-    if not adapter.layers and not adapter.saved:
-        raise AdapterError("the adapter has no layers: nothing to save")
+    if not adapter.layers:
+        raise AdapterError("the adapter has no LoRA layers: nothing to save")
+    for problem in adapter.sound()[1].values():
+        raise AdapterError(f"not saved: {problem}")
     config = peft_format.config_of(adapter)
     tensors = {
         key: tensor.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
         for key, tensor in peft_format.tensors_of(adapter).items()
     }
-    for problem in peft_format.problems_of_values(tensors).values():
-        raise AdapterError(f"not saved: {problem}")
     facts = json.dumps(_facts(adapter, config))
     metadata = {"format": "pt", _FACTS: facts, _DIGEST: digest(facts, tensors)}
     files.write_folder(
@@ -171,7 +171,7 @@ def parse_safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise AdapterError(f"{where} is damaged or no safetensors file: {error}") from error
     header = files.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], where)
-    return tensors, header.get("__metadata__") or {}
+    return dict(sorted(tensors.items())), header.get("__metadata__") or {}
 
 
 def _native(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], size: int) -> File:
@@ -196,8 +196,8 @@ def _native(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], si
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise AdapterError(f"{path}: its metadata is damaged ({error!r})") from error
     problems |= found | {name: f"missing tensors of {name}" for name in missing}
-    problems |= peft_format.problems_of_values(tensors)
-    return File(path, adapter.replaced(layers=layers), config, problems, verified, True, size)
+    adapter, bad = adapter.replaced(layers=layers).sound()
+    return File(path, adapter, config, problems | bad, verified, True, size)
 
 
 def _restored(layer: Layer, facts: Mapping[str, Any]) -> Layer:
@@ -250,8 +250,8 @@ def _foreign(path: Path, tensors: dict[str, Tensor], size: int) -> File:
         adapter, problems = peft_format.parse(config, tensors)
     except AdapterError as error:
         raise AdapterError(f"{path.parent / CONFIG_NAME}: {error}") from error
-    problems |= peft_format.problems_of_values(tensors)
-    return File(path, adapter, config, problems, False, False, size)
+    adapter, bad = adapter.sound()
+    return File(path, adapter, config, problems | bad, False, False, size)
 
 
 def _heal(directory: Path, config: Mapping[str, Any]) -> None:
