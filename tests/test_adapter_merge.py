@@ -18,7 +18,7 @@ from torch import nn
 
 import lora
 from lora._base import lora_layers
-from lora.adapter import files
+from lora.adapter import check, files
 from lora.adapter import merge as merging
 from lora.adapter.checkpoint import Checkpoint
 from lora.adapter.contents import DTYPES, Adapter, AdapterError, Layer
@@ -200,7 +200,7 @@ def every_kind():
 
 @pytest.mark.parametrize("block", [1, 40, 1 << 20])
 def test_every_kind_of_layer_in_blocks_of_any_size(tmp_path, fill_factors, monkeypatch, block):
-    monkeypatch.setattr(merging, "_ELEMENTS", block)
+    monkeypatch.setattr(check, "_ELEMENTS", block)
     monkeypatch.setattr(merging, "_CHUNK", 3 * block)
     model = fill_factors(nn.ModuleDict(every_kind())).half()
     base = tmp_path / "base"

@@ -103,7 +103,7 @@ def test_check_finds_another_base(files, run, make_phi3):
     other.save_pretrained("other")
     code, out = run("check", "adapter", "--base", "other")
     assert code == 1
-    assert "the weights of 1 of 44 layers are not those of the training" in out
+    assert "the frozen weights of 1 of 44 layers are not those of the training" in out
     assert "layers.3.mlp.down_proj" in out
     code, out = run("merge", "other", "adapter", "out")
     assert code == 2

@@ -127,10 +127,11 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "adapter.check": 8,
     "adapter.merge": 9,
     "adapter.save": 8,
-    "adapter.load": 9,
-    "adapter": 10,
-    "": 11,
-    "__main__": 12,
+    "adapter.fit": 9,
+    "adapter.load": 10,
+    "adapter": 11,
+    "": 12,
+    "__main__": 13,
 }
 
 

@@ -9,6 +9,7 @@ which rounds before bf16 does.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,6 @@ def of_sample(values: Tensor, shape: tuple[int, ...]) -> str:
     return hashlib.sha256(data.encode()).hexdigest()[:16] + mark
 
 
-def agree(one: str, other: str | None) -> bool | None:
-    """Whether two fingerprints are of one weight; None where that cannot be told."""
-    if other is None:
-        return None
-    if one.partition(":")[0] == other.partition(":")[0]:
-        return True
-    return None if one.endswith(":fp16") != other.endswith(":fp16") else False
-
-
 def fingerprint(weight: Tensor) -> str | None:
     """The fingerprint of `weight`, a matrix as (out, in); None if its values are not at hand.
 
@@ -52,3 +44,35 @@ def fingerprint(weight: Tensor) -> str | None:
         return None
     where = torch.tensor(positions(weight.numel()), device=weight.device)
     return of_sample(weight.detach()[torch.unravel_index(where, weight.shape)], tuple(weight.shape))
+
+
+def compare(
+    then: Mapping[str, str | None], now: Mapping[str, str | None], trained_on: str | None
+) -> tuple[str, str | None]:
+    """("matches", "differs" or "not checked: ..." with the reason; if they differ, the problem).
+
+    then, now: fingerprints by name, those of the training and those of the base at hand.
+    """
+    known = {name: value for name, value in then.items() if value is not None}
+    verdicts = {name: _agree(value, now[name]) for name, value in known.items()}
+    differing = [name for name, verdict in verdicts.items() if verdict is False]
+    if differing:
+        said = f" (on {trained_on})" if trained_on else ""
+        return "differs", (
+            f"another base model: the frozen weights of {len(differing)} of {len(known)} layers are "
+            f"not those of the training{said}, the first is {differing[0]}"
+        )
+    if not known:
+        return "not checked: the adapter has no fingerprint of them", None
+    if None in verdicts.values():
+        return "not checked: quantised, sharded, on the meta device, or rounded by fp16", None
+    return "matches", None
+
+
+def _agree(one: str, other: str | None) -> bool | None:
+    """Whether two fingerprints are of one weight; None where that cannot be told."""
+    if other is None:
+        return None
+    if one.partition(":")[0] == other.partition(":")[0]:
+        return True
+    return None if one.endswith(":fp16") != other.endswith(":fp16") else False

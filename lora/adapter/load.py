@@ -6,9 +6,8 @@ the model is touched.
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,16 @@ from torch import Tensor, nn
 
 from .._base import LoRALayer
 from ..full import is_full
-from ..patch import build_all, check_patchable, install, layer_type, unchanged_on_error
+from ..patch import build_all, check_patchable, install, unchanged_on_error
 from ..switch import DEFAULT, adapter_names, adapters_of, add_adapter, inner_model, name_adapter
 from ..targets import linear_names
 from . import files, fingerprint, peft_format
 from .contents import Adapter, AdapterError, Layer, listed
+from .fit import misfit, misshapen, stranger, unfit, unholdable
 from .save import (
     CLASSES,
     active_modules,
     described,
-    is_pointwise,
     matrix,
     plain_name,
     trained_biases,
@@ -196,7 +195,7 @@ def _read_state_dict(model: nn.Module, path: Path) -> File:
         A, B = (state.pop(f"{name}.{own}", None) for own in ("lora_A", "lora_B"))
         if A is None or B is None:
             problems[name] = f"missing tensor {name}.lora_{'A' if A is None else 'B'}"
-        elif (problem := _misshapen(name, [A, B], layer)) is not None:
+        elif (problem := misshapen(name, [A, B], layer)) is not None:
             problems[name] = problem
         else:
             found[name] = layer.with_factors(A, B, fingerprint=None)
@@ -224,7 +223,7 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
     for name in sorted(layers.keys() - adapter.layers.keys() - plan.problems.keys()):
         plan.problems[name] = f"missing: the file has nothing for {name}"
     for name, layer in adapter.layers.items():
-        problem = _misfit(name, layer, layers[name]) if name in layers else _stranger(name, layers)
+        problem = misfit(name, layer, layers[name]) if name in layers else stranger(name, layers)
         if problem is not None:
             plan.problems[name] = problem
             continue
@@ -243,37 +242,8 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
             _plan_named(plan, model, key, value)
     plan.loaded += [name for name, module in modules.items() if is_full(module) and adapter.saved]
     _plan_biases_and_copies(plan, model, adapter)
-    plan.base = _compare_bases(plan, adapter, modules)
+    _compare_bases(plan, adapter, modules)
     return plan
-
-
-def _misfit(name: str, layer: Layer, now: Layer) -> str | None:
-    """Why an update cannot go into a LoRA layer, described as `now`; None if it can."""
-    for fact in ("kind", "enable_lora", "out_splits", "scaling"):
-        there, here = getattr(layer, fact), getattr(now, fact)
-        if there != here:
-            return (
-                f"misfit: {name}: {fact} is {there!r}, in the model {here!r}; load it into the plain "
-                "model (lora.unpatch) or under another name"
-            )
-    return _misshapen(name, [layer.lora_A, layer.lora_B], now)
-
-
-def _misshapen(name: str, factors: Iterable[Tensor], now: Layer) -> str | None:
-    there, here = (
-        [tuple(t.shape) for t in factors],
-        [tuple(now.lora_A.shape), tuple(now.lora_B.shape)],
-    )
-    if there == here:
-        return None
-    return f"misshapen: {name}: lora_A and lora_B are {there}, in the model {here}"
-
-
-def _stranger(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"unexpected: the model has no such layer as {name}" + (
-        f" (nearest: {near[0]})" if near else ""
-    )
 
 
 def _plan_named(plan: _Plan, model: nn.Module, key: str, value: Tensor) -> None:
@@ -290,21 +260,11 @@ def _plan_value(plan: _Plan, model: nn.Module, path: str, own: str, value: Tenso
     """Plan a value; a problem if shape or dtype cannot hold it."""
     now, key = _tensor(model.get_submodule(path), own), f"{plain_name(path)}.{own}"
     assert now is not None
-    problem = _unholdable(key, value, now)
+    problem = unholdable(key, value, now)
     if problem:
         plan.problems[key] = problem
     else:
         plan.values.append((path, own, value))
-
-
-def _unholdable(key: str, value: Tensor, now: Tensor) -> str | None:
-    """Why the tensor `now` cannot take `value`; None if it can, exactly."""
-    if value.shape != now.shape:
-        return f"misshapen: {key} is {tuple(value.shape)}, in the model {tuple(now.shape)}"
-    back = value.to(now.dtype).to(value.dtype)
-    if not torch.equal(back.nan_to_num(), value.nan_to_num()):
-        return f"dtype: {key} is {value.dtype}, {now.dtype} in the model would round it"
-    return None
 
 
 def _tensor(module: nn.Module, own: str) -> Tensor | None:
@@ -338,25 +298,13 @@ def _plan_biases_and_copies(plan: _Plan, model: nn.Module, adapter: Adapter) -> 
             )
 
 
-def _compare_bases(plan: _Plan, adapter: Adapter, modules: Mapping[str, nn.Module]) -> str:
-    """ "matches", "differs" (then also a problem), or "not checked: ..." """
-    known = {n: x.fingerprint for n, x in adapter.layers.items() if n in modules}
-    then = {name: value for name, value in known.items() if value is not None}
-    if not then:
-        return "not checked: the file has no fingerprint of them"
-    now = {name: fingerprint.fingerprint(matrix(modules[name])) for name in then}
-    verdicts = {name: fingerprint.agree(then[name], now[name]) for name in then}
-    differing = [name for name, verdict in verdicts.items() if verdict is False]
-    if differing:
-        trained_on = f" (it was trained on {adapter.base})" if adapter.base else ""
-        plan.problems["base"] = (
-            f"another base model: the frozen weights of {len(differing)} of {len(then)} layers are "
-            f"not those of the training{trained_on}, the first is {differing[0]}"
-        )
-        return "differs"
-    if None in verdicts.values():
-        return "not checked: they are quantised, sharded, on the meta device, or rounded by fp16"
-    return "matches"
+def _compare_bases(plan: _Plan, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Whether the frozen weights of `modules` are those of the training."""
+    then = {n: x.fingerprint for n, x in adapter.layers.items() if n in modules}
+    now = {n: fingerprint.fingerprint(matrix(modules[n])) for n, known in then.items() if known}
+    plan.base, problem = fingerprint.compare(then, now, adapter.base)
+    if problem is not None:
+        plan.problems["base"] = problem
 
 
 # Into modules that are not LoRA layers
@@ -370,7 +318,7 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
     base = dict(_base_modules(model))
     by_name = {plain_name(path): module for path, module in reversed(base.items())}
     for name, layer in adapter.layers.items():
-        problem = _unfit(name, layer, by_name)
+        problem = unfit(name, layer, by_name)
         if problem is not None:
             plan.problems[name] = problem
         else:
@@ -389,7 +337,7 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
             "biases: an adapter with trained biases cannot be beside another one"
         )
     _plan_biases_and_copies(plan, model, adapter)
-    plan.base = _compare_bases(plan, adapter, by_name)
+    _compare_bases(plan, adapter, by_name)
     return plan
 
 
@@ -403,25 +351,6 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{path}.{inner}" if inner else path, part
         elif path and not any(path.startswith(f"{outer}.") for outer in replaced):
             yield path, module
-
-
-def _unfit(name: str, layer: Layer, base: Mapping[str, nn.Module]) -> str | None:
-    """Why an update does not fit the base's module of that name; None if it does."""
-    module = base.get(name)
-    if module is None:
-        return _stranger(name, base)
-    try:
-        kind = layer_type(module)
-    except TypeError as error:
-        return f"misfit: {name}: {error}"
-    if not issubclass(CLASSES[layer.kind], kind):
-        return f"misfit: {name} is a {type(module).__name__}, the update is a {layer.kind}'s"
-    shape = tuple(matrix(module).shape)
-    if shape[:2] != layer.shape:
-        return f"misshapen: {name} is {shape}, the update is for {layer.shape}"
-    if layer.kind.startswith("Conv") and not is_pointwise(module):
-        return f"misshapen: {name} is {shape}, the update is for kernel size 1 and one group"
-    return None
 
 
 def _compare_selection(
@@ -443,14 +372,14 @@ def _plan_full(
     """Plan the modules that the entry of modules_to_save means; the names of their tensors."""
     paths = [p for p in base if plain_name(p) == entry or plain_name(p).endswith(f".{entry}")]
     if not paths:
-        plan.problems[entry] = _stranger(entry, [plain_name(p) for p in base])
+        plan.problems[entry] = stranger(entry, [plain_name(p) for p in base])
     for path in paths:
         name, problems = plain_name(path), {}
         for key, now in base[path].state_dict(prefix=f"{name}.").items():
             yield key
             if key not in adapter.saved:
                 problems[key] = f"missing tensor {key}"
-            elif (problem := _unholdable(key, adapter.saved[key], now)) is not None:
+            elif (problem := unholdable(key, adapter.saved[key], now)) is not None:
                 problems[key] = problem
         plan.problems |= problems
         if not problems:

@@ -13,14 +13,13 @@ It builds no model. What it writes appears whole or not at all.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,17 +27,23 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .check import compare_base
+from .check import (
+    check_copy,
+    check_dtype,
+    check_shapes,
+    check_ties,
+    compare_base,
+    row_blocks,
+    stored_name,
+    weight_shape,
+)
 from .checkpoint import INDEX, Checkpoint, Stored
 from .contents import DTYPES, Adapter, AdapterError, Layer
 from .files import new_folder
 
 Progress = Callable[[int, int], None]  # gets how many are done, and how many there are
 
-_ELEMENTS = 1 << 18  # of a block that is computed: 2 MiB in float64, a few of which exist at once
 _CHUNK = 16 << 20  # bytes of a block that is copied
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-_HEADS = ("lm_head", "embed_out")
 _NOT_CARRIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
     *("*.onnx_data", "*.index.json", "*.index.*.json", "adapter_config.json", ".*"),
@@ -192,17 +197,17 @@ class _Merge:
                 f"{name!r} has a low-rank update and was trained in full too: expected one of "
                 "them; take it from modules_to_save or from the layers"
             )
-        _check_ties(base, [*self.weights, *self.replaced])
-        copies = [(_stored_name(base, name), copy) for name, copy in adapter.copies.items()]
-        shapes = [(name, _weight_shape(self.layers[of])) for name, of in self.weights.items()]
+        check_ties(base, [*self.weights, *self.replaced])
+        copies = [(stored_name(base, name), copy) for name, copy in adapter.copies.items()]
+        shapes = [(name, weight_shape(self.layers[of])) for name, of in self.weights.items()]
         shapes += [(name, tuple(t.shape)) for name, t in [*self.replaced.items(), *copies]]
-        _check_shapes(base, shapes)
+        check_shapes(base, shapes)
         for name in self.weights:
-            _check_dtype(base, name, torch.float32)
+            check_dtype(base, name, torch.float32)
         for name, tensor in self.replaced.items():
-            _check_dtype(base, name, tensor.dtype)
+            check_dtype(base, name, tensor.dtype)
         for name, copy in copies:
-            _check_copy(base, name, copy)
+            check_copy(base, name, copy)
         self.verdict = compare_base(base, adapter)
 
     def report(self, copied: tuple[str, ...]) -> MergeReport:
@@ -221,7 +226,7 @@ class _Merge:
             yield from self._merged(name)
         elif name in self.replaced:
             dtype, value = self.base.dtype(name), self.replaced[name].detach()
-            for rows in _row_blocks(tuple(value.shape)):
+            for rows in row_blocks(tuple(value.shape)):
                 given = value[rows].cpu() if value.ndim else value.cpu()
                 block = given if given.dtype == dtype else _rounded(given.double(), dtype)
                 _check_finite(name, block, given)
@@ -237,7 +242,7 @@ class _Merge:
         shape, dtype = self.base.shape(name), self.base.dtype(name)
         update_square = error_square = largest = 0.0
         changed = 0
-        for rows in _row_blocks(shape):
+        for rows in row_blocks(shape):
             weight = self.base.rows(name, rows.start, rows.stop)
             update = (left[rows] @ right).mul_(layer.scaling).reshape(weight.shape)
             exact = update + weight
@@ -265,14 +270,6 @@ def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
     """
     A, B = (factor.detach().to("cpu", torch.float64) for factor in layer.dense())
     return (A.t(), B.t()) if layer.transposed or layer.kind == "Embedding" else (B, A)
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first dimension with about _ELEMENTS elements; one for a tensor without."""
-    rows = shape[0] if shape else 1
-    step = max(_ELEMENTS // max(math.prod(shape[1:]), 1), 1)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -345,9 +342,6 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-# What is refused
-
-
 def _check_target(base: Path, target: Path) -> None:
     if target == base or base in target.parents:
         raise AdapterError(
@@ -360,103 +354,6 @@ def _check_target(base: Path, target: Path) -> None:
             f"out={target} is a folder with files in it: expected a new or an empty one; nothing is "
             "overwritten, so remove it or choose another name"
         )
-
-
-def _tail(name: str) -> str:
-    """Last part of the name of the module whose weight `name` is, else an empty string."""
-    module, _, own = name.rpartition(".")
-    return module.rpartition(".")[2] if own == "weight" else ""
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    """Whether the head is the input embedding: as config.json says, or else as it looks.
-
-    config.json leaves it out where it is the default of the model's class, as for GPT-2 and Gemma.
-    """
-    configs = [c for c in (base.config, base.config.get("text_config")) if isinstance(c, dict)]
-    said = [c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c]
-    if said:
-        return any(said)
-    tails = {_tail(name) for name in base.stored}
-    return not (tails & set(_EMBEDDINGS) and tails & set(_HEADS))
-
-
-def _check_ties(base: Checkpoint, trained: Iterable[str]) -> None:
-    touched = [name for name in trained if _tail(name) in _EMBEDDINGS + _HEADS]
-    if touched and _is_tied(base):
-        raise AdapterError(
-            f"{touched[0]!r} was trained, and {base.folder} ties its input embedding and its head: "
-            "config.json sets tie_word_embeddings, or leaves it to the class and one is not stored. "
-            "Merging would change the other too, or untie them. Untie the base first (load it, "
-            "set tie_word_embeddings=False in its config, give lm_head.weight a copy, save it), or "
-            'train without; a base without a head needs "tie_word_embeddings": false in config.json'
-        )
-
-
-def _stored_name(base: Checkpoint, name: str) -> str:
-    """`name`, or that of the embedding for a head that the base does not store since it is tied."""
-    if name not in base and _tail(name) in _HEADS and _is_tied(base):
-        embeddings = [stored for stored in base.stored if _tail(stored) in _EMBEDDINGS]
-        if len(embeddings) == 1:
-            return embeddings[0]
-    return name
-
-
-def _weight_shape(layer: Layer) -> tuple[int, ...]:
-    """Shape of the weight as it is stored; a convolution's kernel has size 1."""
-    shape = layer.shape[::-1] if layer.transposed else layer.shape
-    kernel = int(layer.kind[4]) if layer.kind.startswith("Conv") else 0
-    return *shape, *[1] * kernel
-
-
-def _check_shapes(base: Checkpoint, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Every name is in the base, with its shape; else the first of those that are not."""
-    missing = [name for name, _ in shapes if name not in base]
-    if missing:
-        nearest = difflib.get_close_matches(missing[0], base.names, 1, 0.0)
-        tied = " (tied tensors are stored under one name alone)" if _is_tied(base) else ""
-        raise AdapterError(
-            f"{len(missing)} of the adapter's {len(shapes)} tensors are not in {base.folder}: "
-            f"{', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}; expected "
-            f"names such as {nearest[0] if nearest else None!r}{tied}: give the base that it was "
-            "trained on"
-        )
-    wrong = [(name, shape) for name, shape in shapes if base.shape(name) != shape]
-    if wrong:
-        name, wants = wrong[0]
-        has = base.shape(name)
-        fix = "give the base that it was trained on"
-        if has[1:] == wants[1:]:
-            fix += (
-                f", or if its vocabulary was resized, resize the base first "
-                f"(model.resize_token_embeddings({wants[0]})) and save it"
-            )
-        raise AdapterError(
-            f"{len(wrong)} of the adapter's {len(shapes)} tensors have other shapes in "
-            f"{base.folder}: {name!r} is {has} there, expected {wants}; {fix}"
-        )
-
-
-def _check_dtype(base: Checkpoint, name: str, trained: torch.dtype) -> None:
-    dtype = base.dtype(name)
-    if dtype != trained and not (dtype in DTYPES and trained in DTYPES):
-        raise AdapterError(
-            f"{name!r} of {base.folder} is stored as {dtype}: expected one of "
-            f"{', '.join(map(str, DTYPES))} for what was trained in {trained}; give a base that is "
-            "not quantised"
-        )
-
-
-def _check_copy(base: Checkpoint, name: str, copy: Tensor) -> None:
-    """A copy was taken of the base as it was loaded: exact if widened, rounded if narrowed."""
-    for rows in _row_blocks(tuple(copy.shape)):
-        block = copy[rows] if copy.ndim else copy
-        if not torch.equal(base.rows(name, rows.start, rows.stop).to(copy.dtype), block.cpu()):
-            raise AdapterError(
-                f"the adapter's file repeats {name!r}, with other values than {base.folder}: "
-                "expected the base that it was trained on; if it was trained, name its module in "
-                "modules_to_save"
-            )
 
 
 def _check_finite(name: str, block: Tensor, exact: Tensor) -> None:

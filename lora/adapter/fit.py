@@ -1,0 +1,76 @@
+"""Whether an adapter fits a model: every function gives the problem in words, or None."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..patch import layer_type
+from ..phi3 import PARTS
+from .contents import Layer
+from .save import CLASSES, is_pointwise, matrix
+
+
+def unfit(name: str, layer: Layer, base: Mapping[str, nn.Module]) -> str | None:
+    """Why an update does not fit the base's module of that name; None if it does."""
+    module = base.get(name)
+    if module is None:
+        return stranger(name, base)
+    try:
+        kind = layer_type(module)
+    except TypeError as error:
+        return f"misfit: {name}: {error}"
+    if not issubclass(CLASSES[layer.kind], kind):
+        return f"misfit: {name} is a {type(module).__name__}, the update is a {layer.kind}'s"
+    shape = tuple(matrix(module).shape)
+    if shape[:2] != layer.shape:
+        return f"misshapen: {name} is {shape}, the update is for {layer.shape}"
+    if layer.kind.startswith("Conv") and not is_pointwise(module):
+        return f"misshapen: {name} is {shape}, the update is for kernel size 1 and one group"
+    return None
+
+
+def misfit(name: str, layer: Layer, now: Layer) -> str | None:
+    """Why an update cannot go into a LoRA layer, described as `now`; None if it can."""
+    for fact in ("kind", "enable_lora", "out_splits", "scaling"):
+        there, here = getattr(layer, fact), getattr(now, fact)
+        if there != here:
+            return (
+                f"misfit: {name}: {fact} is {there!r}, in the model {here!r}; load it into the plain "
+                "model (lora.unpatch) or under another name"
+            )
+    return misshapen(name, [layer.lora_A, layer.lora_B], now)
+
+
+def misshapen(name: str, factors: Iterable[Tensor], now: Layer) -> str | None:
+    """Why factors are not those of a layer, described as `now`; None if their shapes are."""
+    there = [tuple(factor.shape) for factor in factors]
+    here = [tuple(factor.shape) for factor in (now.lora_A, now.lora_B)]
+    if there == here:
+        return None
+    return f"misshapen: {name}: lora_A and lora_B are {there}, in the model {here}"
+
+
+def stranger(name: str, known: Collection[str]) -> str:
+    """That the model has no module of this name, with the nearest that it has."""
+    prefix, _, own = name.rpartition(".")
+    text = f"unexpected: the model has no {name}"
+    for fused, parts in PARTS.items():
+        others, to = ((fused,), "fused") if own in parts else (parts, "split")
+        if own in (fused, *parts) and any(f"{prefix}.{other}" in known for other in others):
+            return f"{text}, but {', '.join(others)}: python -m lora convert --to {to}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{text} (nearest: {near[0]})" if near else text
+
+
+def unholdable(key: str, value: Tensor, now: Tensor) -> str | None:
+    """Why the tensor `now` cannot take `value`; None if it can, exactly."""
+    if value.shape != now.shape:
+        return f"misshapen: {key} is {tuple(value.shape)}, in the model {tuple(now.shape)}"
+    back = value.to(now.dtype).to(value.dtype)
+    if not torch.equal(back.nan_to_num(), value.nan_to_num()):
+        return f"dtype: {key} is {value.dtype}, {now.dtype} in the model would round it"
+    return None
