@@ -76,7 +76,9 @@ def main() -> int:
         start = time.perf_counter()
         for path in paths:
             lora.load_adapter(ours, path, name=path.name)
-        print(f"loading {args.adapters} adapters: lora {time.perf_counter() - start:.1f} s", end="; ")
+        print(
+            f"loading {args.adapters} adapters: lora {time.perf_counter() - start:.1f} s", end="; "
+        )
         start = time.perf_counter()
         theirs = peft.PeftModel.from_pretrained(theirs, paths[0], adapter_name=names[0])
         for path in paths[1:]:
@@ -87,7 +89,9 @@ def main() -> int:
     with torch.inference_mode():
         lora.set_adapter(ours, names[-1])
         if not torch.equal(ours(ids).logits, alone(ids).logits):
-            sys.exit("after a switch the output is not that of the adapter alone: nothing was timed")
+            sys.exit(
+                "after a switch the output is not that of the adapter alone: nothing was timed"
+            )
         rows = measure(ours, theirs, alone, ids, names, args.rounds)
     for row in rows:
         row |= {"bench": "switch", "layer": f"{args.layers} layers", "rank": R, "tokens": 1}
@@ -114,10 +118,14 @@ def measure(ours, theirs, alone, ids, names, rounds):
         "peft both": lambda: with_forward(theirs, lambda: theirs.set_adapter(next(other))),
     }
     times = paired_times(steps, rounds, "cpu")
-    rows = [{"provider": "frozen", "pass": "forward", **time_cells(times["frozen"], times["frozen"])}]
+    rows = [
+        {"provider": "frozen", "pass": "forward", **time_cells(times["frozen"], times["frozen"])}
+    ]
     for name in list(steps)[1:]:
         provider, kind = name.split()
-        rows.append({"provider": provider, "pass": kind, **time_cells(times[name], times["frozen"])})
+        rows.append(
+            {"provider": provider, "pass": kind, **time_cells(times[name], times["frozen"])}
+        )
     assert all(quantile(values, 0.5) > 0 for values in times.values())
     return rows
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -160,13 +161,13 @@ def _check(args: argparse.Namespace) -> int:
         return 1
     verified = "SHA-256 verified" if file.verified else "not verified: no digest of ours"
     print(f"{file.path}: {len(file.adapter.layers)} layers, {verified}")
-    if all(
-        not layer.lora_A.any() or not layer.lora_B.any() for layer in file.adapter.layers.values()
-    ):
+    if file.adapter.does_nothing():
         print("this adapter does nothing yet: B is zero")
     if args.base is not None:
+        from .adapter.checkpoint import Checkpoint
         from .adapter.merge import rehearse
 
+        Checkpoint(args.base)  # a base that cannot be read says nothing of the adapter
         try:
             report = rehearse(args.base, file.adapter, progress=_progress("comparing"))
         except AdapterError as error:
@@ -182,6 +183,8 @@ def _check(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from .adapter import convert
 
+    if args.dtype is not None and args.to != "portable":
+        raise AdapterError(f"--dtype={args.dtype}: only --to portable changes the dtype")
     adapter = _read_any(args)
     if args.to == "loralib":
         state = convert.to_loralib(adapter)
@@ -202,8 +205,6 @@ def _convert(args: argparse.Namespace) -> int:
             if rounding == 0
             else f"rounded once, by {rounding:.1e} of the largest entry at most"
         )
-    if args.dtype is not None and args.to != "portable":
-        raise AdapterError(f"--dtype={args.dtype}: only --to portable changes the dtype")
     write_adapter(adapter, args.output)
     print("; ".join([f"{args.output}: {len(adapter.layers)} layers", *notes]))
     return 0
@@ -217,6 +218,8 @@ def _read_any(args: argparse.Namespace) -> Adapter:
             raise AdapterError(
                 "--lora-alpha, --enable-lora and --embedding are for loralib's files"
             )
+        if args.base is not None and args.to != "split":
+            raise AdapterError("--base is for loralib's files and for --to split")
         return read_adapter(path).checked()
     from .adapter.convert import from_loralib
 
@@ -255,7 +258,7 @@ def _qkv_rows(base: str | None) -> list[int] | None:
     config = files.read_json(path)
     try:
         return qkv_splits(SimpleNamespace(**config))
-    except AttributeError as error:
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise AdapterError(f"{path} does not say heads and hidden size: {error}") from error
 
 
@@ -313,7 +316,7 @@ def _progress(what: str) -> Callable[[int, int], None] | None:
 
 
 def _mask(text: str) -> list[bool]:
-    if not set(text) <= set("01,") or not text:
+    if not re.fullmatch("[01](,[01])*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 0 and 1, such as 1,0,1")
     return [flag == "1" for flag in text.split(",")]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +22,10 @@ def trainable_copy(module: nn.Module) -> nn.Module:
                 f"{name} is a {type(parameter).__name__} of {parameter.dtype} (quantised or "
                 "sharded?), expected a plain floating-point nn.Parameter to train in full"
             )
+    if "forward" in module.__dict__:
+        raise TypeError(
+            f"its forward was replaced on this very object ({module.forward}); restore it"
+        )
     if not any(True for _ in module.parameters()):
         raise ValueError(f"{type(module).__name__} has no Parameter that could train")
     copied = copy.deepcopy(module).requires_grad_(True)
@@ -61,9 +64,11 @@ def bring_over(module: nn.Module, reference: nn.Module) -> None:
         for registry in (part._parameters, part._buffers):
             for own, tensor in registry.items():
                 like = wanted.get(f"{prefix}.{own}" if prefix else own)
-                if tensor is None or like is None or own.startswith("lora_"):
+                if tensor is None or like is None or tensor.is_meta or like.is_meta:
                     continue
-                if tensor.device != like.device or tensor.dtype != like.dtype:
+                if not own.startswith("lora_") and (
+                    tensor.device != like.device or tensor.dtype != like.dtype
+                ):
                     moved: Tensor = tensor.detach().to(like.device, like.dtype)
                     if isinstance(tensor, nn.Parameter):
                         moved = nn.Parameter(moved, tensor.requires_grad)
@@ -75,10 +80,14 @@ def settle(module: nn.Module) -> None:
     module.__dict__.pop(_ORIGINAL, None)
 
 
-def exchange(module: nn.Module) -> None:
-    """Let `module` compute with the Parameters and buffers of its original, or again with its own."""
-    for own, plain in zip(module.modules(), original(module).modules(), strict=True):
-        for registry in ("_parameters", "_buffers"):
-            mine: dict[str, Any] = own.__dict__[registry]
-            own.__dict__[registry] = plain.__dict__[registry]
-            plain.__dict__[registry] = mine
+def use_original(module: nn.Module) -> None:
+    """Let calls of `module` compute what its original would; its own tensors stay where they are."""
+    plain = original(module)
+    for own, other in zip(module.modules(), plain.modules(), strict=True):
+        other.training = own.training
+    module.__dict__["forward"] = plain.forward
+
+
+def use_own(module: nn.Module) -> None:
+    """The inverse of `use_original`."""
+    module.__dict__.pop("forward", None)

@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from torch import nn
 
 from ._base import lora_layers
-from .full import exchange, full_modules
-
-_DISABLED = "_lora_disabled"  # on a module that computes with the tensors of its original now
+from .full import full_modules, use_original, use_own
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the LoRA layers compute what the plain layers would, to the bit.
 
-    So do modules that train in full (`modules_to_save`): they compute with the frozen tensors.
+    So do calls of modules that train in full (`modules_to_save`), with the frozen tensors.
     Nothing is copied or written. Biases that were trained stay trained.
 
     >>> model, x = Linear(4, 4, r=2), torch.randn(1, 4)
@@ -26,20 +24,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     True
     """
     before = [(layer, layer.disabled) for _, layer in lora_layers(model)]
-    full = [module for _, module in full_modules(model) if not hasattr(module, _DISABLED)]
+    full = [module for _, module in full_modules(model) if "forward" not in module.__dict__]
     try:
         for layer, _ in before:
             layer.disabled = True
         for module in full:
-            exchange(module)
-            module.__dict__[_DISABLED] = True
+            use_original(module)
         yield model
     finally:
         for layer, was_disabled in before:
             layer.disabled = was_disabled
         for module in full:
-            if module.__dict__.pop(_DISABLED, False):
-                exchange(module)
+            use_own(module)
 
 
 @contextmanager
@@ -64,7 +60,9 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             layer.eval()
         yield model
     finally:
+        present = {layer for _, layer in lora_layers(model)}
         for layer, merge_weights, training, dropping in before:
-            layer.merge_weights = merge_weights
+            layer.merge_weights = merge_weights and layer in present  # else it would merge, unused
             layer.train(training)
+            layer.merge_weights = merge_weights
             layer.lora_dropout.train(dropping)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ._base import LoRALayer, lora_layers
 from .full import full_modules
+from .switch import adapter_names, inner_model
 
 _BIAS_MODES = ("none", "all", "lora_only")
+_MODE = "_lora_bias"  # on a model whose biases were marked as trainable
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -21,10 +23,13 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     bias: "none"; "all", every parameter of the model that is a bias (`bias`, or a name such as
     `in_proj_bias`); "lora_only", the biases of the LoRA layers with r > 0. Parameters are told by
     the type of their module and their own name, so `lora_head.weight` of some other module is
-    frozen. A factor that is frozen already becomes trainable. Raises ValueError for another `bias`;
-    warns if the model has no LoRA layer, since then nothing but biases would train.
+    frozen. A factor that is frozen already becomes trainable. Raises ValueError for another `bias`,
+    and for biases on a model with several adapters, which share them; warns if the model has no LoRA
+    layer, since then nothing but biases would train.
     """
     chosen = {id(p) for p in adapter_parameters(model, bias)}
+    if bias != "none" and len(adapter_names(model)) > 1:
+        raise ValueError(f"bias={bias!r}: the model's adapters share its biases; expected 'none'")
     if not any(layer.r > 0 for _, layer in lora_layers(model)):
         warnings.warn(
             f"{type(model).__name__} has no LoRA layer with r > 0: nothing of it would train; "
@@ -33,6 +38,25 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in chosen
+    if bias != "none":
+        inner_model(model).__dict__[_MODE] = bias
+
+
+def bias_mode(model: nn.Module) -> str:
+    """Which biases belong to the adapter: those marked as trainable, or else those that train now."""
+    marked: str | None = inner_model(model).__dict__.get(_MODE)
+    if marked is not None:
+        return marked
+    ids = {mode: {id(p) for p in adapter_parameters(model, mode)} for mode in _BIAS_MODES}
+    trained = {id(p) for p in model.parameters() if p.requires_grad} & (ids["all"] - ids["none"])
+    if not trained:
+        return "none"
+    return "lora_only" if trained <= ids["lora_only"] else "all"
+
+
+def forget_biases(model: nn.Module) -> None:
+    """The biases belong to the model now."""
+    inner_model(model).__dict__.pop(_MODE, None)
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:

@@ -32,19 +32,33 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:
-    """The adapters of a model that has some; None for a plain one."""
+    """The adapters of a model that has some; None for a plain one.
+
+    Of a model with one adapter that was never switched, `base` is empty: see `with_base`.
+    """
     store = model.__dict__.get(_STORE)
     if isinstance(store, Adapters):
         return store
     modules: _Modules = {n: m for n, m in lora_layers(model, remove_duplicate=False) if n}
-    full = dict(full_modules(model, remove_duplicate=False))
-    if not modules and not full:
-        return None
-    plain: dict[nn.Module, nn.Module] = {
-        m: m.to_module() for m in modules.values() if isinstance(m, LoRALayer)
-    }
-    base = {n: plain[m] for n, m in modules.items()} | {n: original(m) for n, m in full.items()}
-    return Adapters(base, {DEFAULT: modules | full})
+    modules |= dict(full_modules(model, remove_duplicate=False))
+    return Adapters({}, {DEFAULT: modules}) if modules else None
+
+
+def with_base(store: Adapters) -> Adapters:
+    """`store` with the base's modules. ValueError for a weight that no plain module can share."""
+    plain: _Modules = {}
+    for path, module in store.modules[store.active].items():
+        if path in store.base:
+            continue
+        base = module.to_module() if isinstance(module, LoRALayer) else original(module)
+        if isinstance(module, LoRALayer) and base.weight is not module.weight:
+            raise ValueError(
+                f"{path} was built with fan_in_fan_out=True: no nn.Linear can hold its weight, so it "
+                "holds one adapter alone; patch a plain model to switch"
+            )
+        plain[path] = base
+    store.base |= plain
+    return store
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -66,12 +80,13 @@ def inner_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def add_adapter(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> None:
-    """Keep `modules` (by their name) as the adapter `name`, inactive."""
+def add_adapter(
+    model: nn.Module, name: str, modules: Mapping[str, nn.Module], base: _Modules
+) -> None:
+    """Keep `modules` (by their paths) as the adapter `name`, inactive; `base`: the base's there."""
     store = adapters_of(model)
     assert store is not None
-    for path in modules:
-        store.base.setdefault(path, model.get_submodule(path))
+    store.base |= base
     store.modules[name] = dict(modules)
     model.__dict__[_STORE] = store
 
@@ -80,9 +95,7 @@ def name_adapter(model: nn.Module, name: str) -> None:
     """Give the one adapter of `model` another name than "default"."""
     store = adapters_of(model)
     if store is not None and name != store.active:
-        store.modules = {name: store.modules[store.active]}
-        store.active = name
-        model.__dict__[_STORE] = store
+        model.__dict__[_STORE] = Adapters(store.base, {name: store.modules[store.active]}, name)
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -109,7 +122,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove the adapter `name`; with the last one the model is the plain base again.
 
-    Biases that were trained stay trained.
+    It is so but for biases that were trained: they stay.
 
     Raises ValueError if there is no such adapter, or if it is active and there are others.
     """
@@ -128,8 +141,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def forget_adapters(model: nn.Module) -> None:
-    """Drop the record of several adapters."""
-    model.__dict__.pop(_STORE, None)
+    """Drop the record of several adapters, also inside a wrapper."""
+    for module in model.modules():
+        module.__dict__.pop(_STORE, None)
 
 
 def _store_with(model: nn.Module, name: str) -> Adapters:
@@ -140,7 +154,7 @@ def _store_with(model: nn.Module, name: str) -> Adapters:
         )
     if name not in store.modules:
         raise ValueError(f"adapter {name!r}: expected one of {', '.join(map(repr, store.modules))}")
-    return store
+    return with_base(store)
 
 
 def _put(model: nn.Module, store: Adapters, old: _Modules, new: _Modules) -> None:

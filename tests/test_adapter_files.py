@@ -21,6 +21,7 @@ import lora
 from lora.adapter import Adapter, AdapterError, Layer, read_adapter, write_adapter
 from lora.adapter import files as adapter_files
 from lora.adapter.peft_format import CONFIG_NAME, TENSORS_NAME
+from lora.adapter.storage import heal
 
 
 def small_adapter(value=1.0):
@@ -84,6 +85,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_adapter_files import same, small_adapter
 from lora.adapter import read_adapter, write_adapter
+from lora.adapter.storage import heal
 
 random.seed(0)
 folder = Path({folder!r})
@@ -119,7 +121,7 @@ for number in range(1, 201):
         assert not fresh and same(found, small_adapter(current)), number
         counts["old"] += 1
 write_adapter(small_adapter(0), folder / "fresh4")
-read_adapter(folder / "kept")
+heal(folder / "kept", read_adapter(folder / "kept"))
 left = [p.name for p in folder.rglob("*") if "tmp" in p.name and "fresh" not in p.name]
 assert not left, left
 print(counts, "damaged: 0")
@@ -169,7 +171,7 @@ def test_a_running_writer_keeps_its_temporary_files(tmp_path):
     dead.write_bytes(b"")
     running.write_bytes(b"")
     with adapter_files._locked(running):
-        read_adapter(tmp_path / "adapter")
+        heal(tmp_path / "adapter", read_adapter(tmp_path / "adapter"))
         assert running.exists()
         assert not dead.exists()
 
@@ -181,12 +183,19 @@ def test_the_json_is_healed_from_the_tensors(tmp_path, caplog):
         (tmp_path / CONFIG_NAME).unlink()
         if broken is not None:
             (tmp_path / CONFIG_NAME).write_bytes(broken)
-        assert same(read_adapter(tmp_path).checked(), small_adapter())
+        file = read_adapter(tmp_path)
+        assert same(file.checked(), small_adapter())
+        heal(tmp_path, file)
         assert (tmp_path / CONFIG_NAME).read_bytes() == before
         assert "written anew" in caplog.text
         caplog.clear()
-    read_adapter(tmp_path)
-    assert not caplog.text
+    changed = json.loads(before) | {"base_model_name_or_path": "mine"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(changed))
+    heal(tmp_path, read_adapter(tmp_path))
+    assert json.loads((tmp_path / CONFIG_NAME).read_text()) == changed  # a user may say so
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(changed | {"r": 77}))
+    heal(tmp_path, read_adapter(tmp_path))
+    assert json.loads((tmp_path / CONFIG_NAME).read_text()) == changed
 
 
 # Bad places

@@ -52,6 +52,9 @@ def is_tied(base: Checkpoint) -> bool:
 
     config.json leaves it out where it is the default of the model's class, as for GPT-2 and Gemma.
     """
+    kinds = base.config.get("architectures") or ["ForCausalLM"]
+    if not any(str(kind).endswith(("LM", "LMHeadModel", "Generation")) for kind in kinds):
+        return False  # a classifier, which has no such head
     configs = [c for c in (base.config, base.config.get("text_config")) if isinstance(c, dict)]
     said = [c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c]
     if said:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -14,6 +14,31 @@ from ..kernels.reference import part_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def check_number(name: str, value: object) -> None:
+    """AdapterError unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise AdapterError(f"{name}={value!r}: expected a number")
+    if not abs(value) <= sys.float_info.max:
+        raise AdapterError(f"{name}={str(value)[:20]}: expected a finite number")
+
+
+def check_parts(out_splits: object, enable_lora: object) -> None:
+    """AdapterError unless these are the rows of parts, and which of them have an update."""
+    splits, mask = out_splits or (), enable_lora or ()
+    if (
+        not isinstance(splits, tuple)
+        or not isinstance(mask, tuple)
+        or len(splits) != len(mask)
+        or not all(isinstance(rows, int) and rows > 0 for rows in splits)
+        or not all(isinstance(on, bool) for on in mask)
+        or not any(mask)
+    ):
+        raise AdapterError(
+            f"parts of {splits!r} rows, enabled {mask!r}: expected numbers and bools"
+        )
+
 
 KINDS = ("Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,21 +95,19 @@ class Layer:
             )
         if self.kind == "MergedLinear":
             self._check_parts()
-        for name in ("lora_alpha", "scaling"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise AdapterError(f"{name}={value!r}: expected a number")
-            if not math.isfinite(value):
-                raise AdapterError(f"{name}={value!r}: expected a finite number")
+        for name in ("lora_alpha", "scaling", "lora_dropout"):
+            check_number(name, getattr(self, name))
+        if not 0 <= self.lora_dropout < 1:
+            raise AdapterError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
+        if not isinstance(self.fingerprint, (str, type(None))):
+            raise AdapterError(f"fingerprint={self.fingerprint!r}: expected a string")
 
     def _check_parts(self) -> None:
-        splits, mask = self.out_splits, self.enable_lora
-        if not splits or not mask or len(splits) != len(mask) or not any(mask):
-            raise AdapterError(f"MergedLinear: parts {splits!r}, enabled {mask!r} do not fit")
+        check_parts(self.out_splits, self.enable_lora)
         if sum(stop - start for start, stop in self.rows) != self.lora_B.shape[0]:
             raise AdapterError(
                 f"MergedLinear: lora_B has {self.lora_B.shape[0]} rows, the enabled ones of the "
-                f"parts {splits} are {[stop - start for start, stop in self.rows]}"
+                f"parts {self.out_splits} are {[stop - start for start, stop in self.rows]}"
             )
 
     @property
@@ -138,7 +161,7 @@ class Adapter:
         saved: their tensors, by their name in the base's state dict.
         copies: tensors of the frozen base that a PEFT file repeats; a base must have the same.
         base: name or folder of the base model; task_type: PEFT's, such as "CAUSAL_LM".
-        target_modules: the selection of the file that it came from, or None.
+        target_modules: what PEFT is to adapt: names, or a regular expression; None: the layers' names.
     """
 
     layers: Mapping[str, Layer]
@@ -149,7 +172,7 @@ class Adapter:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     base: str | None = None
     task_type: str | None = None
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
 
     def replaced(self, **changes: object) -> Self:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -157,9 +180,17 @@ class Adapter:
     def sound(self) -> tuple[Self, dict[str, str]]:
         """The adapter without tensors that no adapter may hold, and these, by name, in words.
 
-        They are NaN, infinite values, and tensors that are no floating-point numbers.
+        They are NaN, infinite values, and factors that are no floating-point numbers.
         """
-        bad = {key: p for key, t in self.tensors().items() if (p := _problem(t)) is not None}
+        bad = {}
+        for key, tensor in self.tensors().items():
+            if not tensor.is_floating_point() and key in self.saved:
+                continue  # such as a counter of BatchNorm
+            if tensor.dtype not in DTYPES:
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                bad[key] = f"is {tensor.dtype}: expected {names}"
+            elif not torch.isfinite(tensor).all():
+                bad[key] = "has a NaN or infinite value"
         if not bad:
             return self, {}
         named: dict[str, str] = {}
@@ -171,6 +202,11 @@ class Adapter:
         }
         return self.replaced(**kept), {name: f"{key} {bad[key]}" for name, key in named.items()}
 
+    def does_nothing(self) -> bool:
+        """Whether every update is zero, as with a B that was never trained."""
+        updates = [bool(x.lora_A.any() and x.lora_B.any()) for x in self.layers.values()]
+        return bool(updates) and not any(updates) and not self.saved
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that was trained, by module name and own name."""
         factors = {
@@ -179,10 +215,3 @@ class Adapter:
             for own in ("lora_A", "lora_B")
         }
         return {**factors, **self.biases, **self.saved}
-
-
-def _problem(tensor: Tensor) -> str | None:
-    if tensor.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"is {tensor.dtype}: expected {names}"
-    return None if torch.isfinite(tensor).all() else "has a NaN or infinite value"

@@ -90,10 +90,12 @@ def _pieces(
 
 
 def _retarget(
-    targets: tuple[str, ...] | None, masks: Mapping[str, set[tuple[bool, ...]]]
+    targets: tuple[str, ...] | str | None, masks: Mapping[str, set[tuple[bool, ...]]]
 ) -> tuple[str, ...] | None:
     """Short names for the parts, where every layer has the same ones; else None, the whole names."""
-    if targets is None or any("." in t for t in targets) or any(len(m) > 1 for m in masks.values()):
+    if not isinstance(targets, tuple) or any("." in t for t in targets):
+        return None
+    if any(len(found) > 1 for found in masks.values()):
         return None
     parts: list[str] = []
     for target in targets:
@@ -123,9 +125,10 @@ def fuse(adapter: Adapter) -> Adapter:
             found = [adapter.layers.get(prefix + part) for part in PARTS[fused]]
             layers[prefix + fused] = _fused(prefix + fused, fused, found)
     targets = adapter.target_modules
-    if targets is not None:
-        short = all("." not in t for t in targets)
-        targets = tuple(dict.fromkeys(of_part.get(t, t) for t in targets)) if short else None
+    if isinstance(targets, tuple) and all("." not in target for target in targets):
+        targets = tuple(dict.fromkeys(of_part.get(target, target) for target in targets))
+    else:
+        targets = None
     return adapter.replaced(layers=layers, target_modules=targets)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import os
@@ -37,23 +38,27 @@ _LARGEST_JSON = 64 << 20
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Make `folder` hold `contents` (file name to bytes); other files in it stay.
 
-    Raises OSError, its own kind, with the folder and the reason in words; what was there is then as
-    it was.
+    Raises OSError, its own kind, with the folder and the reason in words. What was there is then as
+    it was, unless the first file is there already and a later one failed, which the error says.
     """
     try:
         if not folder.exists():
             _make_folder(folder, contents)
-            return
-        if not folder.is_dir():
+        elif folder.is_dir():
+            tidy(folder)
+            _replace_all(folder, contents)
+        else:
             raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a folder")
-        tidy(folder)
-        for name, data in contents.items():
-            _replace(folder / name, data)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise type(error)(
-            error.errno, f"cannot save to {folder}: {reason}; what was there is unchanged"
-        ) from error
+        if not isinstance(error, _HalfWayError):
+            reason += "; what was there is unchanged"
+        kind = OSError if isinstance(error, _HalfWayError) else type(error)
+        raise kind(error.errno, f"cannot save to {folder}: {reason}") from error
+
+
+class _HalfWayError(OSError):
+    """The first of several files was replaced, and another was not."""
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -67,12 +72,12 @@ def _make_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         with new_folder(folder) as temporary:
             for name, data in contents.items():
-                _write(temporary / name, data)
+                with _written(temporary / name, data):
+                    pass
     except OSError:
         if not folder.is_dir():
             raise
-        for name, data in contents.items():  # another process made it meanwhile
-            _replace(folder / name, data)
+        _replace_all(folder, contents)  # another process made it meanwhile
 
 
 @contextlib.contextmanager
@@ -92,11 +97,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
     _sync(folder.parent)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    with _temporary_name(path) as temporary:
-        _write(temporary, data)
-        os.replace(temporary, path)
-    _sync(path.parent)
+def _replace_all(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write all files under temporary names first, so that hardly anything can fail in between."""
+    with contextlib.ExitStack() as stack:
+        temporary = {}
+        for name, data in contents.items():
+            temporary[name] = stack.enter_context(_temporary_name(folder / name))
+            stack.enter_context(_written(temporary[name], data))
+        for number, name in enumerate(contents):
+            try:
+                os.replace(temporary[name], folder / name)
+            except OSError as error:
+                if number == 0:
+                    raise
+                done = ", ".join(list(contents)[:number])
+                reason = f"{done} is the new one, but {name} stayed: {error.strerror}"
+                raise _HalfWayError(error.errno, reason) from error
+    _sync(folder)
 
 
 @contextlib.contextmanager
@@ -109,12 +126,14 @@ def _temporary_name(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Create `path`, locked while it is written, with its bytes on the disk when this returns."""
+@contextlib.contextmanager
+def _written(path: Path, data: bytes) -> Iterator[None]:
+    """Create `path` with its bytes on the disk, locked while the block lasts."""
     with path.open("xb") as file, _locked(path):
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+        yield
 
 
 def _sync(folder: Path) -> None:
@@ -150,7 +169,7 @@ def tidy(folder: Path) -> None:
 
 
 def _remove_stale(folder: Path, name: str) -> None:
-    for path in list(folder.glob(f".{name or '*'}{_MARK}*")):
+    for path in list(folder.glob(f".{glob.escape(name) or '*'}{_MARK}*")):
         with contextlib.suppress(OSError):  # gone meanwhile, in use, or only others may remove it
             _remove_unlocked(path)
 

@@ -7,7 +7,8 @@ the model is touched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 from .._base import LoRALayer
 from ..full import is_full
 from ..patch import build_all, check_patchable, install, unchanged_on_error
-from ..switch import DEFAULT, adapter_names, adapters_of, add_adapter, inner_model, name_adapter
+from ..state import bias_mode
+from ..switch import (
+    DEFAULT,
+    adapter_names,
+    adapters_of,
+    add_adapter,
+    inner_model,
+    name_adapter,
+    with_base,
+)
 from ..targets import linear_names
 from . import files, fingerprint, peft_format
 from .contents import Adapter, AdapterError, Layer, listed
 from .fit import misfit, misshapen, stranger, unfit, unholdable
-from .save import (
-    CLASSES,
-    active_modules,
-    described,
-    matrix,
-    plain_name,
-    trained_biases,
-)
-from .storage import File, read_adapter
+from .save import CLASSES, active_modules, described, matrix, plain_name
+from .storage import File, heal, read_adapter
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def load_adapter(
     """Load an adapter of this library, of PEFT, or a loralib state dict into `model`.
 
     A plain model is patched as the adapter says, and its factors train. A model with LoRA layers
-    keeps them: they must fit, scales included, and get the values. A new `name` on such a model adds
-    a further adapter, inactive until `lora.set_adapter`.
+    keeps them: they must fit, scales included, and get the values (dropout stays the model's). A new
+    `name` on such a model adds a further adapter, inactive until `lora.set_adapter`.
 
     Args:
         model: changed in place.
@@ -87,7 +90,7 @@ def load_adapter(
         strict: False loads what fits and returns the problems, where True raises.
         merge_weights, lora_dtype: of new layers, as in `lora.patch`. With lora_dtype None, factors
             have the dtype of a file of ours, and of other files fp32 instead of bf16 and fp16, as
-            PEFT loads them.
+            PEFT loads them; another dtype may round them.
 
     Raises:
         AdapterError (a ValueError): missing, unexpected or misshapen tensors, NaN or infinite values,
@@ -100,6 +103,8 @@ def load_adapter(
     """
     model = inner_model(model)
     names = adapter_names(model)
+    if name is not None and (not isinstance(name, str) or not name):
+        raise AdapterError(f"name={name!r}: expected a string, or None for the active adapter")
     file = _read(model, Path(path))
     if names and (name is None or name == names[0]):
         plan = _plan_values(model, file)
@@ -112,8 +117,8 @@ def load_adapter(
     if strict and plan.problems:
         raise AdapterError(f"{file.path}: {listed(plan.problems.values())}; the model is unchanged")
     _carry_out(model, plan, file, name or DEFAULT, merge_weights, lora_dtype)
-    updates = [layer for n, layer in file.adapter.layers.items() if n in plan.loaded]
-    if updates and not any(layer.lora_A.any() and layer.lora_B.any() for layer in updates):
+    heal(Path(path), file)
+    if file.adapter.does_nothing():
         warnings.warn(f"{file.path}: this adapter does nothing yet: B is zero", stacklevel=2)
     problems = tuple(plan.problems.values())
     return Report(file.path, tuple(plan.loaded), problems, file.verified, plan.base)
@@ -143,31 +148,48 @@ def _carry_out(
     merge_weights: bool,
     lora_dtype: torch.dtype | None,
 ) -> None:
-    adapter, store = file.adapter, adapters_of(model)
-    if plan.targets or plan.full:
-        base = dict(_base_modules(model))
+    """Build what is new, then change the model; if anything fails, it is as it was."""
+    adapter, further = file.adapter, adapters_of(model) is not None
+    base = dict(_base_modules(model)) if plan.targets or plan.full else {}
 
-        def build(path: str, module: nn.Module) -> LoRALayer:
-            layer = adapter.layers[plan.targets[path]]
-            dtype = lora_dtype or layer.lora_A.dtype
-            if lora_dtype is None and not file.native and dtype.itemsize < 4:
-                dtype = torch.float32
-            return _built(layer, module, merge_weights, dtype)
+    def build(path: str, module: nn.Module) -> LoRALayer:
+        layer = adapter.layers[plan.targets[path]]
+        dtype = lora_dtype or layer.lora_A.dtype
+        if lora_dtype is None and not file.native and dtype.itemsize < 4:
+            dtype = torch.float32
+        return _built(layer, module, merge_weights, dtype)
 
-        paths = [*plan.targets, *plan.full]
-        with unchanged_on_error(model, paths):
-            new = build_all(
-                model, {p: base[p] for p in plan.targets}, {p: base[p] for p in plan.full}, build
-            )
-            for path, own in plan.full.items():
-                _fill(new[path], own, adapter)
-            if store is None:
-                install(model, new, adapter.bias)
-                name_adapter(model, name)
-            else:
-                add_adapter(model, name, new)
-    for path, own, value in plan.values:
-        _set_value(model.get_submodule(path), own, value)
+    paths = [*plan.targets, *plan.full]
+    with unchanged_on_error(model, paths), _restoring(model, plan.values):
+        targets, full = {p: base[p] for p in plan.targets}, {p: base[p] for p in plan.full}
+        new = build_all(model, targets, full, build)
+        for path, own in plan.full.items():
+            _fill(new[path], own, adapter)
+        if new and not further:
+            install(model, new, adapter.bias)
+        for path, own, value in plan.values:
+            _set_value(model.get_submodule(path), own, value)
+        if new and further:
+            add_adapter(model, name, new, targets | full)
+        elif new:
+            name_adapter(model, name)
+
+
+@contextmanager
+def _restoring(model: nn.Module, values: Iterable[tuple[str, str, Tensor]]) -> Iterator[None]:
+    """If the block raises, the tensors that `values` name have the values that they had."""
+    before = []
+    for path, own, _ in values:
+        tensor = _tensor(model.get_submodule(path), own)
+        if tensor is not None and not tensor.is_meta:
+            before.append((tensor, tensor.detach().clone()))
+    try:
+        yield
+    except BaseException:
+        for tensor, value in before:
+            if not torch.equal(tensor.detach(), value):
+                tensor.detach().copy_(value)
+        raise
 
 
 # The file
@@ -241,6 +263,10 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
         else:
             _plan_named(plan, model, key, value)
     plan.loaded += [name for name, module in modules.items() if is_full(module) and adapter.saved]
+    if adapter.biases and len(adapter_names(model)) > 1:
+        plan.problems["bias"] = (
+            "biases: an adapter with trained biases cannot be beside another one"
+        )
     _plan_biases_and_copies(plan, model, adapter)
     _compare_bases(plan, adapter, modules)
     return plan
@@ -275,7 +301,9 @@ def _tensor(module: nn.Module, own: str) -> Tensor | None:
 def _set_value(module: nn.Module, own: str, value: Tensor) -> None:
     now = _tensor(module, own)
     assert now is not None
-    if now.is_meta:  # nothing to copy into
+    if now.is_meta and own in module._buffers:
+        module._buffers[own] = value.to(now.dtype)
+    elif now.is_meta:  # nothing to copy into
         module._parameters[own] = nn.Parameter(value.to(now.dtype), now.requires_grad)
     else:
         with torch.no_grad():
@@ -326,13 +354,12 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
             plan.loaded.append(name)
     if not file.native:
         _compare_selection(plan, model, file, by_name)
-    claimed = {key for n in adapter.modules_to_save for key in _plan_full(plan, n, adapter, base)}
-    for key in adapter.saved.keys() - claimed:
-        # With bias="all" PEFT repeats the copy's bias, and the frozen one, under names of its own.
-        if not key.endswith((".original_module.bias", ".modules_to_save.bias")):
-            text = f"unexpected tensor {key}: the model has none of this name"
-            plan.problems.setdefault(key, text)
-    if store is not None and (adapter.biases or trained_biases(model, None)[1]):
+    _plan_full(plan, file, base)
+    for path in (*plan.targets, *plan.full) if store is not None else ():
+        for other in store.base if store is not None else ():
+            if path.startswith(f"{other}.") or other.startswith(f"{path}."):
+                plan.problems[path] = f"{path} and {other} of another adapter lie in each other"
+    if store is not None and (adapter.biases or bias_mode(model) != "none"):
         plan.problems["bias"] = (
             "biases: an adapter with trained biases cannot be beside another one"
         )
@@ -344,7 +371,7 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of the model without any adapter."""
     store = adapters_of(model)
-    replaced = store.base if store is not None else {}
+    replaced = with_base(store).base if store is not None else {}
     for path, module in model.named_modules(remove_duplicate=False):
         if path in replaced:
             for inner, part in replaced[path].named_modules(remove_duplicate=False):
@@ -366,25 +393,34 @@ def _compare_selection(
         plan.problems[name] = f"unexpected: {name} is not selected by the config's target_modules"
 
 
-def _plan_full(
-    plan: _Plan, entry: str, adapter: Adapter, base: Mapping[str, nn.Module]
-) -> Iterator[str]:
-    """Plan the modules that the entry of modules_to_save means; the names of their tensors."""
-    paths = [p for p in base if plain_name(p) == entry or plain_name(p).endswith(f".{entry}")]
-    if not paths:
-        plan.problems[entry] = stranger(entry, [plain_name(p) for p in base])
-    for path in paths:
-        name, problems = plain_name(path), {}
-        for key, now in base[path].state_dict(prefix=f"{name}.").items():
-            yield key
-            if key not in adapter.saved:
-                problems[key] = f"missing tensor {key}"
-            elif (problem := unholdable(key, adapter.saved[key], now)) is not None:
+def _plan_full(plan: _Plan, file: File, base: Mapping[str, nn.Module]) -> None:
+    """Plan the modules that were trained in full; every tensor of theirs must find its place."""
+    saved, config = file.adapter.saved, file.config
+    if file.native:
+        wrapped = file.adapter.modules_to_save
+    else:  # entries of modules_to_save are ends of names; PEFT adds some that a model need not have
+        ends = tuple(config.get("modules_to_save") or ())
+        wrapped = tuple(n for n in map(plain_name, base) if ends and n.endswith(ends))
+    claimed: set[str] = set()
+    for path in base:
+        name = plain_name(path)
+        if name not in wrapped or any(name.startswith(f"{outer}.") for outer in wrapped):
+            continue
+        state = base[path].state_dict(prefix=f"{name}.")
+        problems = {key: f"missing tensor {key}" for key in state.keys() - saved.keys()}
+        for key in state.keys() & saved.keys():
+            if (problem := unholdable(key, saved[key], state[key])) is not None:
                 problems[key] = problem
         plan.problems |= problems
-        if not problems:
+        claimed |= state.keys()
+        if state and not problems:
             plan.full[path] = name
             plan.loaded.append(name)
+    for key in sorted(saved.keys() - claimed):
+        # With bias="all" PEFT repeats the copy's bias, and the frozen one, under names of its own.
+        if not key.endswith((".original_module.bias", ".modules_to_save.bias")):
+            problem = f"unexpected tensor {key}: the model has none of this name"
+            plan.problems.setdefault(key, problem)
 
 
 def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dtype) -> LoRALayer:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .contents import Adapter, AdapterError, Layer
+from .contents import Adapter, AdapterError, Layer, check_number
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -34,7 +34,6 @@ PREFIX = "base_model.model."
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
@@ -105,6 +104,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     r, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alphas)
     dropouts = [layer.lora_dropout for layer in layers.values()]
+    targets = adapter.target_modules or tuple(layers)
     return {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": adapter.base,
@@ -121,7 +121,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "r": r,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": list(adapter.target_modules or layers),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": adapter.task_type,
         "use_dora": False,
         "use_rslora": stabilized,
@@ -145,28 +145,28 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     for name, value in values.items():
         own = name.rpartition(".")[2]
         if value != default or len(of_own_name[own]) > 1:
-            pattern[own if len(of_own_name[own]) == 1 else f"^{re.escape(name)}"] = value
+            alike = len(of_own_name[own]) == 1
+            pattern[re.escape(own) if alike else f"^{re.escape(name)}"] = value
     return default, {key: value for key, value in pattern.items() if value != default}
 
 
 def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches `name`, by PEFT's rule."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise AdapterError(f"the pattern {key!r} is no regular expression: {error}") from None
-    return default
+    hits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(hits, default)
 
 
 # Reading
 
 
 def parse(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    saved_names: Collection[str] | None = None,
 ) -> tuple[Adapter, dict[str, str]]:
     """The adapter in a PEFT file, and its problems by module or key (strange keys, no factors).
+
+    saved_names: which tensors are those of modules that were trained in full; None: as PEFT tells them.
 
     AdapterError for what would be computed otherwise here: features that lora does not have, a
     missing r or lora_alpha, another type of adapter.
@@ -187,7 +187,7 @@ def parse(
             layers[name] = _layer(name, found, config)
         except AdapterError as error:
             problems[name] = f"misshapen: {name}: {error}"
-    biases, saved, copies, strange = _sort_others(others, factors, config)
+    biases, saved, copies, strange = _sort_others(others, factors, config, saved_names)
     problems |= {key: f"unexpected tensor {key}" for key in strange}
     targets = config["target_modules"]
     adapter = Adapter(
@@ -240,7 +240,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
         raise AdapterError(f"bias={config['bias']!r}: expected 'none', 'all' or 'lora_only'")
     dropout = config.get("lora_dropout") or 0.0
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    check_number("lora_dropout", dropout)
+    if not 0 <= dropout < 1:
         raise AdapterError(f"lora_dropout={dropout!r}: expected a number in [0, 1)")
 
 
@@ -255,6 +256,22 @@ def _check_names(config: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise AdapterError(f"{name}={config[name]!r}: expected an object")
+    _check_expressions(config)
+
+
+def _check_expressions(config: Mapping[str, Any]) -> None:
+    """What is going to be used as a regular expression must be one."""
+    targets = config["target_modules"]
+    found = [v for v in (targets, config.get("exclude_modules")) if isinstance(v, str)]
+    patterns = config.get("layers_pattern") or ()
+    found += [patterns] if isinstance(patterns, str) else patterns
+    found += [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    found += config.get("modules_to_save") or ()
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError) as error:
+            raise AdapterError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def _is_list_of(kind: type, value: object) -> bool:
@@ -268,10 +285,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise AdapterError(f"rank of {name!r} is {r!r}: expected a whole number above 0")
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise AdapterError(f"alpha of {name!r} is {alpha!r}: expected a number")
-        if not math.isfinite(alpha):
-            raise AdapterError(f"alpha of {name!r} is {alpha!r}: expected a finite number")
+        check_number(f"alpha of {name!r}", alpha)
 
 
 def _by_module(
@@ -320,7 +334,10 @@ def _layer(name: str, found: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def _sort_others(
-    others: Mapping[str, Tensor], adapted: Collection[str], config: Mapping[str, Any]
+    others: Mapping[str, Tensor],
+    adapted: Collection[str],
+    config: Mapping[str, Any],
+    saved_names: Collection[str] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Tensors that are no factors: trained biases, saved modules', copies of the base's, the rest."""
     biases: dict[str, Tensor] = {}
@@ -331,7 +348,8 @@ def _sort_others(
     for key, tensor in others.items():
         name, _, own = key.rpartition(".")
         outer = name.removesuffix(".base_layer")
-        if any(_is_inside(name, module) for module in modules):
+        trained = in_any(name, modules) if saved_names is None else key in saved_names
+        if trained:
             saved[key] = tensor
         elif outer != name and own == "bias" and outer in adapted and mode != "none":
             biases[f"{outer}.{own}"] = tensor
@@ -344,9 +362,14 @@ def _sort_others(
     return biases, saved, copies, strange
 
 
-def _is_inside(name: str, module: str) -> bool:
-    """Whether the module `name` is one that the entry `module` of modules_to_save means, or in it."""
-    return re.match(rf"(?:.*\.)?{re.escape(module)}(?:$|\.)", name) is not None
+def in_any(name: str, modules_to_save: Collection[str]) -> bool:
+    """Whether `name` is one of the modules that PEFT wraps for these entries, or inside of one.
+
+    It wraps whatever ends in an entry: "norm" means input_layernorm too.
+    """
+    parts = name.split(".")
+    outer = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(module.endswith(tuple(modules_to_save)) for module in outer)
 
 
 # What a config selects
@@ -363,7 +386,8 @@ def selected(
     elif excluded:
         chosen -= {name for name in chosen if _is_suffix(name, excluded)}
     modules = config.get("modules_to_save") or ()
-    return {name for name in chosen if not any(_is_inside(name, module) for module in modules)}
+    inside = re.compile("|".join(rf"(?:.*\.)?{module}(?:$|\.)" for module in modules) or "(?!)")
+    return {name for name in chosen if not inside.match(name)}
 
 
 def _by_targets(

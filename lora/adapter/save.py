@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..embedding import Embedding
 from ..full import full_modules
 from ..linear import Linear, is_transformers_conv1d
 from ..merged_linear import MergedLinear
-from ..state import adapter_parameters
+from ..state import adapter_parameters, bias_mode
 from ..switch import adapters_of, inner_model
 from .contents import Adapter, AdapterError, Layer
 from .fingerprint import fingerprint
@@ -54,7 +55,8 @@ def save_adapter(
             group. It may be compiled or in a data-parallel wrapper.
         directory: made if it is not there.
         name: which adapter of several; None is the active one.
-        bias: biases to save, as in `mark_only_lora_as_trainable`; None: those that train now.
+        bias: biases to save, as in `mark_only_lora_as_trainable`; None: those that were marked so, or
+            else that train now.
         base_model_name_or_path, task_type: for the config; None: as the model's own config says.
 
     Raises:
@@ -81,17 +83,21 @@ def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = Non
         raise AdapterError(f"{type(model).__name__} has no LoRA layers with r > 0: nothing to save")
     mode, biases = "none", dict[str, Tensor]()
     if modules == active_modules(model):
-        mode, biases = trained_biases(model, bias)
+        mode = bias or bias_mode(model)
+        biases = _biases(model, mode)
         _warn_of_the_rest(model, mode)
+    names = [plain_name(path) for path, _ in model.named_modules()]
+    full = tuple(name for name, m in modules.items() if not isinstance(m, LoRALayer))
     return Adapter(
         layers=layers,
         bias=mode,
         biases={key: value for key, value in biases.items() if key not in saved},
-        modules_to_save=tuple(n for n, m in modules.items() if not isinstance(m, LoRALayer)),
+        modules_to_save=full,
         saved=saved,
+        copies=_also_wrapped(model, full) if full else {},
         base=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        task_type=_task_type(model),
-        target_modules=_short_targets(layers, [plain_name(n) for n, _ in model.named_modules()]),
+        task_type=_task_type(model, names, full),
+        target_modules=_targets(layers, names),
     )
 
 
@@ -184,40 +190,53 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.t() if transposed else weight
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for what the class is named for, as transformers names its classes."""
-    heads = {
-        "ForCausalLM": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    kind = type(model).__name__
-    return next((task for head, task in heads.items() if kind.endswith(head)), None)
+# transformers names a class for its task; PEFT trains these heads of it in full, unasked.
+_TASKS = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
 
 
-def _short_targets(layers: Mapping[str, Layer], names: list[str]) -> tuple[str, ...]:
-    """The last parts of the layers' names if they select these layers alone, else the whole names."""
+def _task_type(model: nn.Module, names: Collection[str], full: Collection[str]) -> str | None:
+    """PEFT's word for what the model's class does, unless PEFT would miss the head in our file."""
+    for ending, (task, heads) in _TASKS.items():
+        if type(model).__name__.endswith(ending):
+            there = [name for name in names if name.endswith(heads)] if heads else []
+            return task if set(there) <= set(full) else None
+    return None
+
+
+def _targets(layers: Mapping[str, Layer], names: Collection[str]) -> tuple[str, ...] | str:
+    """What PEFT is to adapt, which matches ends of names: short ones if they select these layers alone.
+
+    A whole name that is the end of another one can be told from it by a regular expression alone.
+    """
     own = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    chosen = {name for name in names if name.rpartition(".")[2] in own}
-    return own if chosen == set(layers) else tuple(layers)
+    if {name for name in names if name.rpartition(".")[2] in own} == set(layers):
+        return own
+    ends = {name[i + 1 :] for name in names for i, c in enumerate(name) if c == "."}
+    return "|".join(map(re.escape, layers)) if ends & set(layers) else tuple(layers)
 
 
-def trained_biases(model: nn.Module, mode: str | None) -> tuple[str, dict[str, Tensor]]:
-    """The mode, and the biases that it means, by their name in the plain model's state dict."""
-    named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=True)}
-    factors = {id(p) for p in adapter_parameters(model, "none")}
-    wanted = {
-        m: {id(p) for p in adapter_parameters(model, m)} - factors for m in ("lora_only", "all")
+def _also_wrapped(model: nn.Module, full: Collection[str]) -> dict[str, Tensor]:
+    """Frozen tensors of modules whose names end like one in `full`: PEFT expects them in the file."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in ((plain_name(path), m) for path, m in model.named_modules())
+        if name not in full and name.endswith(tuple(full))
+        for key, tensor in module.state_dict().items()
     }
-    if mode is None:
-        trained = {id(p) for p in named.values() if p.requires_grad} & wanted["all"]
-        mode = "none" if not trained else "lora_only" if trained <= wanted["lora_only"] else "all"
-        chosen = trained
-    else:
-        chosen = {id(p) for p in adapter_parameters(model, mode)} - factors
-    return mode, {name: p.detach() for name, p in named.items() if id(p) in chosen}
+
+
+def _biases(model: nn.Module, mode: str) -> dict[str, Tensor]:
+    """The biases that the mode means, by their name in the plain model's state dict."""
+    chosen = {id(p) for p in adapter_parameters(model, mode)}
+    chosen -= {id(p) for p in adapter_parameters(model, "none")}
+    named = model.named_parameters()
+    return {plain_name(name): p.detach() for name, p in named if id(p) in chosen}
 
 
 def _warn_of_the_rest(model: nn.Module, mode: str) -> None:

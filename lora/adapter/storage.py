@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._version import __version__
 from . import files, peft_format
-from .contents import Adapter, AdapterError, Layer, listed
+from .contents import Adapter, AdapterError, Layer, check_parts, listed
 from .peft_format import CONFIG_NAME, TENSORS_NAME
 
 _FACTS, _DIGEST = "lora", "lora_sha256"
@@ -92,6 +92,7 @@ def _facts(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
         "format": _FORMAT,
         "version": __version__,
         "config": dict(config),
+        "modules_to_save": sorted(adapter.saved),
         "layers": {
             name: {
                 "kind": layer.kind,
@@ -133,18 +134,15 @@ def read_adapter(path: str | Path) -> File:
         return _foreign(found, files.read_state_dict(found), found.stat().st_size)
     data = files.read_bytes(found)
     tensors, metadata = parse_safetensors(data, str(found))
-    ours = {key for key in metadata if key != "format"}
+    ours = {_FACTS, _DIGEST} & metadata.keys()
     if not ours:
         return _foreign(found, tensors, len(data))
-    if ours != {_FACTS, _DIGEST}:
+    if len(ours) == 1:
         raise AdapterError(
-            f"{found}: its metadata has {', '.join(sorted(ours))}, expected {_FACTS} and {_DIGEST} "
-            "or neither: it is damaged, or of a later version of lora"
+            f"{found}: its metadata has {ours.pop()!r}, expected {_FACTS!r} and {_DIGEST!r} or "
+            "neither: it is damaged"
         )
-    file = _native(found, tensors, metadata, len(data))
-    if path.is_dir() and file.verified:
-        _heal(path, file.config)
-    return file
+    return _native(found, tensors, metadata, len(data))
 
 
 def _locate(path: Path) -> Path:
@@ -188,16 +186,34 @@ def _native(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], si
         )
     try:
         config = facts["config"]
-        adapter, found = peft_format.parse(config, tensors)
+        adapter, found = peft_format.parse(config, tensors, facts["modules_to_save"])
         layers = {
             name: _restored(layer, facts["layers"][name]) for name, layer in adapter.layers.items()
         }
         missing = [name for name in facts["layers"] if name not in {**layers, **found}]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{path}: its metadata is damaged ({error!r})") from error
     problems |= found | {name: f"missing tensors of {name}" for name in missing}
-    adapter, bad = adapter.replaced(layers=layers).sound()
-    return File(path, adapter, config, problems | bad, verified, True, size)
+    return _file(path, adapter.replaced(layers=layers), config, problems, size, verified, True)
+
+
+def _file(
+    path: Path,
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    problems: dict[str, str],
+    size: int,
+    verified: bool = False,
+    native: bool = False,
+) -> File:
+    """What was found, without tensors that no adapter may hold."""
+    adapter, bad = adapter.sound()
+    problems |= bad
+    if not adapter.layers and not problems:
+        problems[""] = "it has no LoRA layers"
+    return File(path, adapter, config, problems, verified, native, size)
 
 
 def _restored(layer: Layer, facts: Mapping[str, Any]) -> Layer:
@@ -216,8 +232,9 @@ def blocks(B: Tensor, enable_lora: tuple[bool, ...], out_splits: tuple[int, ...]
 
     AdapterError if an entry beside the blocks is not zero: then it is not block-diagonal.
     """
+    check_parts(out_splits, enable_lora)
     n = sum(enable_lora)
-    if len(enable_lora) != len(out_splits) or not n or B.shape[1] % n or sum(out_splits) != len(B):
+    if B.shape[1] % n or sum(out_splits) != len(B):
         raise AdapterError(
             f"lora_B {tuple(B.shape)} has no blocks for parts of {out_splits} rows with the mask "
             f"{enable_lora}"
@@ -250,16 +267,29 @@ def _foreign(path: Path, tensors: dict[str, Tensor], size: int) -> File:
         adapter, problems = peft_format.parse(config, tensors)
     except AdapterError as error:
         raise AdapterError(f"{path.parent / CONFIG_NAME}: {error}") from error
-    adapter, bad = adapter.sound()
-    return File(path, adapter, config, problems | bad, False, False, size)
+    return _file(path, adapter, config, problems, size)
 
 
-def _heal(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write the JSON anew if it is not what the adapter says; remove what dead writers left."""
-    expected = _config_bytes(config)
+# What a user may change in the JSON: where the base is, and what nobody computes with.
+_FREE = ("base_model_name_or_path", "inference_mode", "revision", "task_type")
+
+
+def heal(directory: Path, file: File) -> None:
+    """Write the JSON of an adapter of ours anew if it says otherwise; remove what dead writers left.
+
+    A process that died between the two files, or an editor, may have left it so.
+    """
+    if not directory.is_dir() or not file.verified:
+        return
+    path, expected = directory / CONFIG_NAME, dict(file.config)
     with contextlib.suppress(OSError):  # a folder that may only be read
         files.tidy(directory)
-        path = directory / CONFIG_NAME
-        if not path.exists() or files.read_bytes(path) != expected:
-            files.write_folder(directory, {CONFIG_NAME: expected})
+        said: dict[str, Any] = {}
+        with contextlib.suppress(AdapterError, FileNotFoundError):
+            said = files.read_json(path)
+        if any(
+            key not in said or said[key] != expected[key] for key in expected.keys() - set(_FREE)
+        ):
+            expected |= {key: said[key] for key in _FREE if key in said}
+            files.write_folder(directory, {CONFIG_NAME: _config_bytes(expected)})
             _log.warning("%s did not say what its adapter says: written anew", path)
