@@ -263,10 +263,13 @@ def install(model: nn.Module, new: Mapping[str, nn.Module], bias: str) -> None:
 def unchanged_on_error(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """If the block raises, the modules with these names and what trains are as they were."""
     before = {name: model.get_submodule(name) for name in names}
+    attributes = model.__dict__.copy()
     trainable = {p: p.requires_grad for p in model.parameters()}
     try:
         yield
     except BaseException:
+        model.__dict__.clear()
+        model.__dict__.update(attributes)
         for name, module in before.items():
             set_module(model, name, module)
         for parameter, requires_grad in trainable.items():

@@ -6,6 +6,7 @@ the model is touched.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -355,11 +356,11 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
     if not file.native:
         _compare_selection(plan, model, file, by_name)
     _plan_full(plan, file, base)
-    for path in (*plan.targets, *plan.full) if store is not None else ():
-        for other in store.base if store is not None else ():
-            if path.startswith(f"{other}.") or other.startswith(f"{path}."):
-                plan.problems[path] = f"{path} and {other} of another adapter lie in each other"
-    if store is not None and (adapter.biases or bias_mode(model) != "none"):
+    others = with_base(store).base if store is not None else {}
+    for path, other in itertools.product((*plan.targets, *plan.full), others):
+        if path.startswith(f"{other}.") or other.startswith(f"{path}."):
+            plan.problems[path] = f"{path} lies in {other} of another adapter, or that in it"
+    if others and (adapter.biases or bias_mode(model) != "none"):
         plan.problems["bias"] = (
             "biases: an adapter with trained biases cannot be beside another one"
         )
@@ -393,7 +394,7 @@ def _compare_selection(
         plan.problems[name] = f"unexpected: {name} is not selected by the config's target_modules"
 
 
-def _plan_full(plan: _Plan, file: File, base: Mapping[str, nn.Module]) -> None:
+def _plan_full(plan: _Plan, file: File, base: dict[str, nn.Module]) -> None:
     """Plan the modules that were trained in full; every tensor of theirs must find its place."""
     saved, config = file.adapter.saved, file.config
     if file.native:
@@ -402,11 +403,12 @@ def _plan_full(plan: _Plan, file: File, base: Mapping[str, nn.Module]) -> None:
         ends = tuple(config.get("modules_to_save") or ())
         wrapped = tuple(n for n in map(plain_name, base) if ends and n.endswith(ends))
     claimed: set[str] = set()
-    for path in base:
-        name = plain_name(path)
+    first_names = {module: plain_name(path) for path, module in reversed(base.items())}
+    for path, module in base.items():
+        name = first_names[module]
         if name not in wrapped or any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
-        state = base[path].state_dict(prefix=f"{name}.")
+        state = module.state_dict(prefix=f"{name}.")
         problems = {key: f"missing tensor {key}" for key in state.keys() - saved.keys()}
         for key in state.keys() & saved.keys():
             if (problem := unholdable(key, saved[key], state[key])) is not None:
