@@ -15,7 +15,10 @@ _ORIGINAL = "_lora_original"
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` whose Parameters train; TypeError if one is no floating-point tensor."""
+    """A deep copy of `module` whose Parameters train; `module` itself is frozen from then on.
+
+    TypeError if a Parameter is no floating-point tensor, ValueError if there is none.
+    """
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             raise TypeError(
@@ -29,7 +32,7 @@ def trainable_copy(module: nn.Module) -> nn.Module:
     if not any(True for _ in module.parameters()):
         raise ValueError(f"{type(module).__name__} has no Parameter that could train")
     copied = copy.deepcopy(module).requires_grad_(True)
-    copied.__dict__[_ORIGINAL] = module
+    copied.__dict__[_ORIGINAL] = module.requires_grad_(False)
     return copied
 
 

@@ -3,8 +3,9 @@
     split      qkv_proj -> q_proj, k_proj, v_proj;  gate_up_proj -> gate_proj, up_proj
                (for a Phi-3 whose projections were separated, as Llama's are), and `fuse` back
     portable   one rank for all layers, zero-padded; the scale folded into B, so lora_alpha = r; no
-               patterns. PEFT, vLLM and llama.cpp's converter read it alike (the latter two know
-               neither patterns nor rsLoRA and would take a wrong scale without a word)
+               patterns. PEFT, vLLM and llama.cpp's converter read it alike (vLLM knows no
+               patterns, the converter neither patterns nor rsLoRA: they would take a wrong scale
+               without a word)
     loralib    `lora_A` and `lora_B` as in `lora.lora_state_dict`, without rank, alpha and kinds
 
 A dense update of qkv_proj has one A for all rows: split, every part gets a copy of it. That computes
@@ -75,6 +76,10 @@ def _pieces(
         mask = layer.enable_lora or ()
         if len(mask) != parts:
             raise AdapterError(f"{name} has {len(mask)} parts, expected {', '.join(PARTS[own])}")
+        if own == "qkv_proj" and qkv_rows and list(qkv_rows) != list(layer.out_splits or ()):
+            raise AdapterError(
+                f"{name} has parts of {layer.out_splits} rows, the base {tuple(qkv_rows)}"
+            )
         factors_A = torch.split(layer.lora_A, layer.r)
         factors_B = torch.split(layer.lora_B, [stop - start for start, stop in layer.rows])
         pairs = iter(zip(factors_A, factors_B, strict=True))

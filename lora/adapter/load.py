@@ -315,7 +315,7 @@ def _plan_biases_and_copies(plan: _Plan, model: nn.Module, adapter: Adapter) -> 
     """Trained biases are set; tensors of the base that the file repeats must be this base's."""
     for key, value in adapter.biases.items():
         _plan_named(plan, model, key, value)
-    own = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    own = {plain_name(n): t for n, t in model.state_dict(keep_vars=True).items()}
     for key, value in adapter.copies.items():
         now = own.get(key)
         if now is None:
@@ -344,7 +344,10 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
     plan, adapter, store = _Plan(dict(file.problems)), file.adapter, adapters_of(model)
     if store is None:
         check_patchable(model)
-    base = dict(_base_modules(model))
+    try:
+        base = dict(_base_modules(model))
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
     by_name = {plain_name(path): module for path, module in reversed(base.items())}
     for name, layer in adapter.layers.items():
         problem = unfit(name, layer, by_name)
@@ -355,11 +358,13 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
             plan.loaded.append(name)
     if not file.native:
         _compare_selection(plan, model, file, by_name)
-    _plan_full(plan, file, base)
     others = with_base(store).base if store is not None else {}
-    for path, other in itertools.product((*plan.targets, *plan.full), others):
-        if path.startswith(f"{other}.") or other.startswith(f"{path}."):
+    new = adapter.layers.keys() | set(adapter.modules_to_save)
+    for path, other in itertools.product(base, others):
+        nested = path.startswith(f"{other}.") or other.startswith(f"{path}.")
+        if nested and plain_name(path) in new:
             plan.problems[path] = f"{path} lies in {other} of another adapter, or that in it"
+    _plan_full(plan, file, base)
     if others and (adapter.biases or bias_mode(model) != "none"):
         plan.problems["bias"] = (
             "biases: an adapter with trained biases cannot be beside another one"
@@ -409,9 +414,11 @@ def _plan_full(plan: _Plan, file: File, base: dict[str, nn.Module]) -> None:
         if name not in wrapped or any(name.startswith(f"{outer}.") for outer in wrapped):
             continue
         state = module.state_dict(prefix=f"{name}.")
-        problems = {key: f"missing tensor {key}" for key in state.keys() - saved.keys()}
-        for key in state.keys() & saved.keys():
-            if (problem := unholdable(key, saved[key], state[key])) is not None:
+        problems = {}
+        for key, now in state.items():
+            there = key in saved
+            problem = unholdable(key, saved[key], now) if there else f"missing tensor {key}"
+            if problem is not None:
                 problems[key] = problem
         plan.problems |= problems
         claimed |= state.keys()

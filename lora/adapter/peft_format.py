@@ -86,6 +86,9 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         inner = f"{name}.base_layer.{own}" if name in adapter.layers else key
         found[PREFIX + inner] = bias
     found.update({PREFIX + key: tensor for key, tensor in adapter.saved.items()})
+    for key, tensor in adapter.copies.items():  # of those, PEFT needs what it is going to wrap
+        if in_any(key.rpartition(".")[0], adapter.modules_to_save):
+            found[PREFIX + key] = tensor
     return found
 
 
@@ -355,7 +358,7 @@ def _sort_others(
             biases[f"{outer}.{own}"] = tensor
         elif "bias" in own.split("_") and outer == name and mode == "all":
             biases[key] = tensor
-        elif own == "weight" and (outer == name or outer in adapted):
+        elif saved_names is not None or (own == "weight" and (outer == name or outer in adapted)):
             copies[f"{outer}.{own}"] = tensor  # PEFT repeats embeddings that it did not train
         else:
             strange.append(key)

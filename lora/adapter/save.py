@@ -223,12 +223,18 @@ def _targets(layers: Mapping[str, Layer], names: Collection[str]) -> tuple[str, 
 
 def _also_wrapped(model: nn.Module, full: Collection[str]) -> dict[str, Tensor]:
     """Frozen tensors of modules whose names end like one in `full`: PEFT expects them in the file."""
-    return {
-        f"{name}.{key}": tensor
-        for name, module in ((plain_name(path), m) for path, m in model.named_modules())
-        if name not in full and name.endswith(tuple(full))
-        for key, tensor in module.state_dict().items()
-    }
+    found = {}
+    for path, module in model.named_modules():
+        name = plain_name(path)
+        if name in full or not name.endswith(tuple(full)):
+            continue
+        if any(True for _ in lora_layers(module)):
+            raise AdapterError(
+                f"{name} has a low-rank update and a name that ends like one of {list(full)}: PEFT "
+                "would train it in full too; rename one of them"
+            )
+        found.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+    return found
 
 
 def _biases(model: nn.Module, mode: str) -> dict[str, Tensor]:
