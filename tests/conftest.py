@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+sys.path.append(str(ROOT / "tests"))  # of adapter_helpers, which several files of tests share
 
 import importlib.metadata  # noqa: E402
 import os  # noqa: E402
@@ -13,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+pytest.register_assert_rewrite("adapter_helpers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

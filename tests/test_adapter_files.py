@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import lora
 from lora.adapter import Adapter, AdapterError, Layer, read_adapter, write_adapter
 from lora.adapter import files as adapter_files
 from lora.adapter.peft_format import CONFIG_NAME, TENSORS_NAME
-from lora.adapter.storage import heal
+from lora.adapter.storage import digest, heal, parse_safetensors
 
 
 def small_adapter(value=1.0):
@@ -198,6 +199,31 @@ def test_the_json_is_healed_from_the_tensors(tmp_path, caplog):
     assert json.loads((tmp_path / CONFIG_NAME).read_text()) == changed
 
 
+def test_a_json_that_cannot_be_replaced_leaves_the_new_tensors_and_says_so(tmp_path):
+    write_adapter(small_adapter(1), tmp_path)
+    (tmp_path / CONFIG_NAME).unlink()
+    (tmp_path / CONFIG_NAME).mkdir()
+    with pytest.raises(OSError, match=f"{TENSORS_NAME} is the new one, but {CONFIG_NAME} stayed"):
+        write_adapter(small_adapter(2), tmp_path)
+    file = read_adapter(tmp_path)
+    assert same(file.checked(), small_adapter(2))
+    heal(tmp_path, file)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_NAME, TENSORS_NAME]
+
+
+def test_what_a_dead_writer_left_of_a_folder_with_brackets_is_removed(tmp_path):
+    stale, other = (tmp_path / f".{name}.lora-tmp-0" for name in ("g[1]", "g1"))
+    for folder in (stale, other):
+        folder.mkdir()
+        (folder / TENSORS_NAME).touch()
+    write_adapter(small_adapter(), tmp_path / "g[1]")
+    assert not stale.exists()
+    assert other.exists()
+    stale.mkdir()
+    write_adapter(small_adapter(), tmp_path / "g[1]")
+    assert not stale.exists()
+
+
 # Bad places
 
 
@@ -341,6 +367,55 @@ def test_hostile_headers_are_refused(data, tmp_path):
     )
     with pytest.raises(AdapterError, match="damaged or no safetensors"):
         read_adapter(tmp_path)
+
+
+# Metadata that its digest says is ours
+
+
+def rewritten(folder, change):
+    """Change the facts in a file of ours, and its digest with them."""
+    path = folder / TENSORS_NAME
+    tensors, metadata = parse_safetensors(path.read_bytes(), "")
+    facts = json.loads(metadata["lora"])
+    change(facts)
+    text = json.dumps(facts)
+    save_file(tensors, path, {"format": "pt", "lora": text, "lora_sha256": digest(text, tensors)})
+
+
+def of_layer(name, **changes):
+    return lambda facts: facts["layers"][name].update(changes)
+
+
+HOSTILE_FACTS = {
+    "negative parts": of_layer("b", out_splits=[-4, 12, -2]),
+    "parts that are no numbers": of_layer("b", out_splits=["3", 2, 1]),
+    "a mask that is no bools": of_layer("b", enable_lora=[2, 0, 1]),
+    "a fingerprint that is a number": of_layer("a", fingerprint=5),
+    "dropout of 2": of_layer("a", lora_dropout=2),
+    "a scale that is infinite": of_layer("a", scaling=float("inf")),
+    "a kind of no layer": of_layer("a", kind="Evil"),
+    "no layers": lambda facts: facts.pop("layers"),
+    "a layer fewer": lambda facts: facts["layers"].pop("a"),
+    "a layer more": lambda facts: facts["layers"].update(c=facts["layers"]["a"]),
+    "layers in a list": lambda facts: facts.update(layers=[1]),
+    "no config": lambda facts: facts.pop("config"),
+    "no modules_to_save": lambda facts: facts.pop("modules_to_save"),
+    "modules_to_save of numbers": lambda facts: facts.update(modules_to_save=3),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_FACTS.values(), ids=HOSTILE_FACTS)
+def test_hostile_metadata_is_refused(change, tmp_path):
+    write_adapter(small_adapter(), tmp_path)
+    rewritten(tmp_path, lambda facts: None)
+    assert same(read_adapter(tmp_path).checked(), small_adapter())
+    rewritten(tmp_path, change)
+    with pytest.raises(AdapterError):
+        read_adapter(tmp_path).checked()
+    model = nn.ModuleDict({n: nn.Linear(3, out) for n, out in (("a", 4), ("b", 6), ("c", 2))})
+    with pytest.raises(AdapterError):
+        lora.load_adapter(model, tmp_path)
+    assert {type(module) for module in model.values()} == {nn.Linear}
 
 
 def test_no_pipe_no_device_and_no_huge_json(tmp_path):

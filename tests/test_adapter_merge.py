@@ -18,7 +18,7 @@ from torch import nn
 
 import lora
 from lora._base import lora_layers
-from lora.adapter import check, files
+from lora.adapter import check, files, read_adapter
 from lora.adapter import merge as merging
 from lora.adapter.checkpoint import Checkpoint
 from lora.adapter.contents import DTYPES, Adapter, AdapterError, Layer
@@ -497,6 +497,24 @@ def test_an_untied_head_is_merged(tmp_path, config):
     merged = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(merged[f"{TABLE}.weight"], torch.ones(6, 4))
     assert not torch.equal(merged[f"{HEAD}.weight"], torch.ones(6, 4))
+
+
+def test_the_embedding_of_a_classifier_is_tied_to_no_head(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model, base = BertForSequenceClassification(config).eval(), tmp_path / "base"
+    model.save_pretrained(base)
+    lora.patch(model, ["word_embeddings"], r=2, lora_alpha=4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    lora.save_adapter(model, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter").checked()
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    for key, wanted in lora.merged_state_dict(model).items():
+        torch.testing.assert_close(merged[key], wanted)
 
 
 def test_a_copy_of_a_tied_head_is_compared_with_the_embedding(tmp_path):

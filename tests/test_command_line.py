@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -204,6 +205,11 @@ BAD = {
         ["convert", "adapter", "y", "--to", "split", "--dtype=float16"],
         "only --to portable",
     ),
+    "a base without use": (
+        ["convert", "adapter", "y", "--to", "peft", "--base=base"],
+        "--base is for loralib's files and for --to split",
+    ),
+    "a base that is not there": (["check", "adapter", "--base=nothing"], "nothing: expected the"),
     "no loralib file": (
         ["convert", "adapter", "y", "--to", "peft", "--lora-alpha=1"],
         "loralib's files",
@@ -221,6 +227,94 @@ def test_bad_input(files, run, case):
     assert code == 2
     assert message in out
     assert sorted(Path().rglob("*")) == before
+
+
+def peft_file(folder, tensors=("q.lora_A", "q.lora_B"), **fields):
+    """A folder with a small file of PEFT's, and with these fields in its config."""
+    folder.mkdir()
+    tensors = {f"base_model.model.{name}.weight": torch.ones(2, 2) for name in tensors}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+HOSTILE = [
+    {"target_modules": "*.q"},
+    {"exclude_modules": "*"},
+    {"rank_pattern": {"*": 2}},
+    {"alpha_pattern": {"(": 2}},
+    {"modules_to_save": ["*"]},
+    {"layers_pattern": "*", "layers_to_transform": 1},
+    {"lora_alpha": 10**400},
+    {"r": True},
+    {"lora_dropout": "x"},
+    {"lora_dropout": 2},
+    {"layers_to_transform": "a"},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=lambda fields: json.dumps(fields)[:30])
+def test_hostile_configs_are_refused_in_one_line(fields, run, tmp_path):
+    folder = peft_file(tmp_path / "adapter", **fields)
+    model = nn.ModuleDict({"q": nn.Linear(2, 2)})
+    with pytest.raises(lora.AdapterError):
+        lora.load_adapter(model, folder)
+    assert type(model["q"]) is nn.Linear
+    assert run("info", folder)[0] == 2
+    code, out = run("check", folder)
+    assert code == 1
+    assert out.startswith("problem: ")
+    assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", ["portable", "split", "fused", "loralib", "peft"])
+def test_a_file_without_lora_layers_is_no_adapter(to, run, tmp_path):
+    folder = peft_file(tmp_path / "adapter", ["head"], modules_to_save=["head"])
+    code, out = run("convert", folder, tmp_path / "out", "--to", to)
+    assert code == 2
+    assert "it has no LoRA layers" in out
+    assert not (tmp_path / "out").exists()
+    assert run("check", folder)[0] == 1
+
+
+@pytest.mark.parametrize("json_there", [True, False], ids=["whole", "without its JSON"])
+def test_looking_writes_nothing_and_loading_heals(json_there, files, run):
+    config = Path("adapter/adapter_config.json")
+    before = config.read_bytes()
+    if not json_there:
+        config.unlink()
+    Path("adapter/.adapter_config.json.lora-tmp-0").touch()
+
+    def contents():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path("adapter").iterdir()}
+
+    there, folder = contents(), Path("adapter").stat().st_mtime_ns
+    assert run("info", "adapter")[0] == 0
+    assert run("check", "adapter", "--base", "base")[0] == 0
+    assert contents() == there
+    assert Path("adapter").stat().st_mtime_ns == folder
+    lora.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+    assert config.read_bytes() == before
+    assert len(list(Path("adapter").iterdir())) == 2
+
+
+@pytest.mark.parametrize("mask", ["101", "1,01", ",", "", "1,", "2,1"])
+def test_a_mask_is_zeros_and_ones_with_commas(mask, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "lora.pt", "out", "--to", "peft", "--enable-lora", mask])
+    assert stop.value.code == 2
+    assert "expected 0 and 1, such as 1,0,1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("heads", [0, "4", None])
+def test_a_base_whose_config_says_no_heads_is_refused(heads, files, run):
+    config = json.loads(Path("base/config.json").read_text())
+    changed = {**config, "num_attention_heads": heads, "num_key_value_heads": heads}
+    Path("base/config.json").write_text(json.dumps(changed))
+    code, _ = run("convert", "adapter", "out", "--to", "split", "--base", "base")
+    assert code == 2
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["info"], ["check"], ["convert"], ["merge"]], ids=str)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_helpers import move
 from torch import nn
 
 import lora
@@ -151,3 +152,106 @@ def test_refusals_change_nothing(case):
         lora.patch(model, ["body", "head"], r=2, lora_alpha=2, modules_to_save=names)
     assert dict(model.named_modules()) == modules
     assert model["body"].weight.requires_grad
+
+
+# Within lora.disabled
+
+
+def pair(**options):
+    """A plain model and one whose head trains in full, with other values in all that trains."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4)})
+    model = lora.patch(
+        copy.deepcopy(plain), ["body"], r=2, lora_alpha=4, modules_to_save=["head"], **options
+    )
+    move(p for p in model.parameters() if p.requires_grad)
+    return plain, model
+
+
+def run(model):
+    with torch.no_grad():
+        return model["head"](model["body"](torch.ones(3, 8)))
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_is_read_within_disabled_is_what_was_trained(tmp_path):
+    plain, model = pair()
+    wanted = [f(model) for f in (state_of, lora.merged_state_dict, lora.lora_state_dict)]
+    trained = run(model)
+    with lora.disabled(model):
+        got = [f(model) for f in (state_of, lora.merged_state_dict, lora.lora_state_dict)]
+        lora.save_adapter(model, tmp_path)
+        assert torch.equal(run(model), run(plain))
+    assert all(map(same_state, got, wanted))
+    fresh = copy.deepcopy(plain)
+    lora.load_adapter(fresh, tmp_path)
+    assert torch.equal(run(fresh), trained)
+    assert torch.equal(run(model), trained)
+
+
+@pytest.mark.parametrize("how", ["load_adapter", "load_state_dict"])
+def test_what_is_loaded_within_disabled_counts_after_it(how, tmp_path):
+    plain, model = pair()
+    other = copy.deepcopy(model)
+    move(p for p in other.parameters() if p.requires_grad)
+    lora.save_adapter(other, tmp_path)
+    with lora.disabled(model):
+        with lora.disabled(model):
+            if how == "load_adapter":
+                lora.load_adapter(model, tmp_path)
+            else:
+                model.load_state_dict(other.state_dict())
+            assert torch.equal(run(model), run(plain))
+        assert torch.equal(run(model), run(plain))
+    assert torch.equal(run(model), run(other))
+    assert torch.equal(run(lora.unpatch(model)), run(plain))
+
+
+def test_the_original_is_frozen():
+    _, model = pair()
+    assert not any(p.requires_grad for p in lora.full.original(model["head"]).parameters())
+
+
+def test_marking_within_disabled_leaves_a_frozen_original_frozen():
+    plain, model = pair()
+    original = lora.full.original(model["head"]).requires_grad_(False)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    with lora.disabled(model):
+        lora.mark_only_lora_as_trainable(model)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+        assert not any(p.requires_grad for p in original.parameters())
+    lora.mark_only_lora_as_trainable(model)
+    assert lora.full.original(model["head"]) is original
+    assert not any(p.requires_grad for p in original.parameters())
+    assert same_state(original.state_dict(), plain["head"].state_dict())
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "base"])
+def test_unpatching_within_disabled_gives_what_it_gives_outside(merge):
+    plain, model = pair()
+    wanted = lora.unpatch(copy.deepcopy(model), merge)
+    with lora.disabled(model):
+        lora.unpatch(model, merge)
+    assert same_state(model.state_dict(), wanted.state_dict())
+    assert torch.equal(run(model), run(wanted))
+    assert merge or torch.equal(run(model), run(plain))
+
+
+def test_buffers_of_a_module_trained_in_full_are_saved_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model = lora.patch(copy.deepcopy(plain), ["0"], r=2, lora_alpha=4, modules_to_save=["1"])
+    move(p for p in model.parameters() if p.requires_grad)
+    model(torch.randn(5, 8))
+    lora.save_adapter(model, tmp_path)
+    lora.load_adapter(plain, tmp_path)
+    assert plain[1].num_batches_tracked.item() == 1
+    assert plain[1].num_batches_tracked.dtype == torch.int64
+    assert same_state(plain.state_dict(), model.state_dict())
