@@ -512,3 +512,21 @@ def test_order_and_messages_are_the_same_in_every_process(tmp_path):
     shutil.copytree(ours, theirs)
     save_file(of_file(ours), theirs / TENSORS, {"format": "pt"})
     assert said(0, ours, theirs) == said(1, ours, theirs)
+
+
+def test_factors_on_the_meta_device_become_real(make_phi3, fill_factors, tmp_path):
+    plain_file(make_phi3(), tmp_path / "peft", fill_factors)
+    trained = make_phi3()
+    lora.load_adapter(trained, tmp_path / "peft")
+    lora.save_adapter(trained, tmp_path / "ours")
+    with torch.device("meta"):
+        model = make_phi3()
+    lora.patch(model, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], r=4, lora_alpha=8)
+    with pytest.raises(lora.AdapterError, match="on the meta device: there is nothing to save"):
+        lora.save_adapter(model, tmp_path / "nothing")
+    report = lora.load_adapter(model, tmp_path / "ours")
+    assert report.base.startswith("not checked")
+    want = lora.lora_state_dict(trained)
+    got = lora.lora_state_dict(model)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)

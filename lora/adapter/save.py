@@ -81,6 +81,8 @@ def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = Non
     layers, saved = described(modules)
     if not layers and not saved:
         raise AdapterError(f"{type(model).__name__} has no LoRA layers with r > 0: nothing to save")
+    for name in (n for n, layer in layers.items() if layer.lora_A.is_meta):
+        raise AdapterError(f"{name} is on the meta device: there is nothing to save yet")
     mode, biases = "none", dict[str, Tensor]()
     if modules == active_modules(model):
         mode = bias or bias_mode(model)
@@ -143,11 +145,8 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         raise AdapterError(
             f"{name} is a {type(layer).__name__}: expected one of lora's own classes"
         )
-    for own in ("lora_A", "lora_B"):
-        factor = getattr(layer, own)
-        if factor.is_meta or hasattr(factor, "device_mesh"):
-            where = "on the meta device" if factor.is_meta else "sharded"
-            raise AdapterError(f"{name}.{own} is {where}: gather it first")
+    if hasattr(layer.lora_A, "device_mesh"):
+        raise AdapterError(f"{name} is sharded: gather its factors first")
     if isinstance(layer, (Conv1d, Conv2d, Conv3d)) and not is_pointwise(layer):
         raise AdapterError(
             f"{name} is a {kind} with kernel size {layer.kernel_size} and {layer.groups} groups: "
