@@ -20,7 +20,7 @@ from .patch import patch, unpatch
 from .phi3 import patch_phi3
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
 from .summary import Summary, summary
-from .switch import delete_adapter, set_adapter
+from .switch import adapter_names, delete_adapter, set_adapter
 
 __all__ = [
     "AdapterError",
@@ -33,6 +33,7 @@ __all__ = [
     "MergedLinear",
     "Summary",
     "__version__",
+    "adapter_names",
     "delete_adapter",
     "disabled",
     "load_adapter",

@@ -39,13 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (AdapterError, OSError) as error:
-        said = error.strerror if isinstance(error, OSError) and not error.filename else None
-        print(f"lora: error: {said or error}", file=sys.stderr)
+        print(f"lora: error: {_in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _in_words(error: Exception) -> str:
+    """The error without Python's way of showing errno."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 # What an adapter holds
@@ -185,6 +191,9 @@ def _convert(args: argparse.Namespace) -> int:
 
     if args.dtype is not None and args.to != "portable":
         raise AdapterError(f"--dtype={args.dtype}: only --to portable changes the dtype")
+    output = Path(args.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise AdapterError(f"{output} is there already: give a new place, nothing is overwritten")
     adapter = _read_any(args)
     if args.to == "loralib":
         state = convert.to_loralib(adapter)
@@ -205,6 +214,8 @@ def _convert(args: argparse.Namespace) -> int:
             if rounding == 0
             else f"rounded once, by {rounding:.1e} of the largest entry at most"
         )
+    if args.lora_alpha is not None:
+        notes.append(f"lora_alpha {args.lora_alpha:g} in every layer")
     write_adapter(adapter, args.output)
     print("; ".join([f"{args.output}: {len(adapter.layers)} layers", *notes]))
     return 0
@@ -357,7 +368,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "input", help="folder or file of an adapter, or a loralib state dict (.pt)"
     )
-    convert.add_argument("output", help="folder to write, or with --to loralib a file")
+    convert.add_argument(
+        "output", help="folder to write, new or empty; with --to loralib a new file"
+    )
     convert.add_argument(
         "--to",
         choices=_FORMS,
@@ -370,7 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--dtype", choices=_DTYPES, help="of the factors, with --to portable")
     convert.add_argument(
-        "--lora-alpha", type=float, help="of a loralib file, which does not say it"
+        "--lora-alpha", type=float, help="of all layers of a loralib file, which does not say it"
     )
     convert.add_argument(
         "--enable-lora", type=_mask, help="of its MergedLinear layers, such as 1,0,1"
@@ -387,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("base", help="folder of the base model, in safetensors")
     merge.add_argument("adapter", help="folder or file of the adapter")
-    merge.add_argument("out", help="folder to write; it must not be there")
+    merge.add_argument("out", help="folder to write; new, or empty")
     return parser
 
 

@@ -17,7 +17,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .full import full_modules, original, settle, trainable_copy
 from .linear import Linear, is_transformers_conv1d
-from .state import forget_biases, mark_only_lora_as_trainable, tied_updates
+from .state import mark_only_lora_as_trainable, tied_updates
 from .switch import forget_adapters
 from .targets import by_pattern, find_modules_to_save, find_targets
 
@@ -135,7 +135,6 @@ def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
             plain[layer] = layer.to_module(merge)
         set_module(model, name, plain[layer])
     forget_adapters(model)
-    forget_biases(model)
     return model
 
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from ._base import LoRALayer, lora_layers
 from .full import full_modules
-from .switch import adapter_names, inner_model
+from .switch import BIAS_MODE, adapter_names, inner_model
 
 _BIAS_MODES = ("none", "all", "lora_only")
-_MODE = "_lora_bias"  # on a model whose biases were marked as trainable
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -38,13 +37,14 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in chosen
-    if bias != "none":
-        inner_model(model).__dict__[_MODE] = bias
+    known = inner_model(model).__dict__
+    if bias != "none" and known.get(BIAS_MODE) != "all":  # what trained once is the adapter's
+        known[BIAS_MODE] = bias
 
 
 def bias_mode(model: nn.Module) -> str:
     """Which biases belong to the adapter: those marked as trainable, or else those that train now."""
-    marked: str | None = inner_model(model).__dict__.get(_MODE)
+    marked: str | None = inner_model(model).__dict__.get(BIAS_MODE)
     if marked is not None:
         return marked
     ids = {mode: {id(p) for p in adapter_parameters(model, mode)} for mode in _BIAS_MODES}
@@ -52,11 +52,6 @@ def bias_mode(model: nn.Module) -> str:
     if not trained:
         return "none"
     return "lora_only" if trained <= ids["lora_only"] else "all"
-
-
-def forget_biases(model: nn.Module) -> None:
-    """The biases belong to the model now."""
-    inner_model(model).__dict__.pop(_MODE, None)
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from .full import bring_over, full_modules, is_full, original
 
 DEFAULT = "default"
 _STORE = "_lora_adapters"
+BIAS_MODE = "_lora_bias"  # attribute of a model whose biases were marked as trainable
 
 _Modules = dict[str, nn.Module]
 
@@ -62,7 +63,11 @@ def with_base(store: Adapters) -> Adapters:
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the model's adapters, the active one first."""
+    """Names of the model's adapters, the active one first; none of a plain model.
+
+    >>> adapter_names(torch.nn.Sequential(Linear(4, 4, r=2)))
+    ('default',)
+    """
     store = adapters_of(inner_model(model))
     if store is None:
         return ()
@@ -71,6 +76,8 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile or a data-parallel wrapper returned."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {model!r}")
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -78,6 +85,15 @@ def inner_model(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def refuse_data_parallel(model: nn.Module) -> None:
+    """ValueError for a wrapper that keeps a list of the Parameters that were there when it was made."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which does not know other Parameters: change "
+            "the adapters of model.module, then wrap it again"
+        )
 
 
 def add_adapter(
@@ -104,10 +120,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Exact and without a pass over any weight. What trains is what trained when it was active last,
     so make a new optimizer, or one over the Parameters of all adapters. A compiled model does not
     recompile for the same ranks and scales, and once for a new one. Raises ValueError if there is
-    no such adapter, and within `lora.disabled`.
+    no such adapter, within `lora.disabled`, and for a model in DistributedDataParallel, which would
+    not know the other Parameters. `model.to(dtype)` changes the factors of the active adapter alone.
 
     >>> set_adapter(model, "b")  # doctest: +SKIP
     """
+    refuse_data_parallel(model)
     model = inner_model(model)
     store = _store_with(model, name)
     if any(layer.disabled for _, layer in lora_layers(model)):
@@ -141,9 +159,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def forget_adapters(model: nn.Module) -> None:
-    """Drop the record of several adapters, also inside a wrapper."""
+    """Drop what was noted of adapters and biases, also inside a wrapper."""
     for module in model.modules():
         module.__dict__.pop(_STORE, None)
+        module.__dict__.pop(BIAS_MODE, None)
 
 
 def _store_with(model: nn.Module, name: str) -> Adapters:
@@ -159,13 +178,16 @@ def _store_with(model: nn.Module, name: str) -> Adapters:
 
 def _put(model: nn.Module, store: Adapters, old: _Modules, new: _Modules) -> None:
     """Put `new` modules, and the base's where there is none, in the place of `old` ones."""
+    places = []
     for path in {**old, **new}:
         parent_name, _, own = path.rpartition(".")
-        places = model.get_submodule(parent_name)._modules
-        module, current = new.get(path, store.base[path]), places[own]
+        place = model.get_submodule(parent_name)._modules
+        module, current = new.get(path, store.base[path]), place[own]
         assert current is not None
         _take_over(current, module)
-        places[own] = module  # setattr would look for Parameters and buffers of this name first
+        places.append((place, own, module))
+    for place, own, module in places:
+        place[own] = module  # setattr would look for Parameters and buffers of this name first
 
 
 def _take_over(current: nn.Module, module: nn.Module) -> None:
@@ -181,6 +203,7 @@ def _take_over(current: nn.Module, module: nn.Module) -> None:
         for name, parameter in current._parameters.items():
             if name in module._parameters and not name.startswith("lora_"):
                 module._parameters[name] = parameter
-    if isinstance(module, LoRALayer) and module.lora_A.device != module.weight.device:
+    if isinstance(module, LoRALayer) and module.r > 0 and not module.weight.is_meta:
         for factor in (module.lora_A, module.lora_B):
-            factor.data = factor.data.to(module.weight.device)
+            if factor.device != module.weight.device and not factor.is_meta:
+                factor.data = factor.data.to(module.weight.device)

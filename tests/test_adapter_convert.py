@@ -607,3 +607,11 @@ def test_blocks_refuses_a_dense_b():
     B[0, 3] = 1e-30
     with pytest.raises(AdapterError, match="1 entries beside its blocks"):
         blocks(B, (True, True), (4, 4))
+
+
+def test_a_part_beside_its_whole_is_not_fused():
+    def layer(rows):
+        return Layer("Linear", torch.ones(2, 4), torch.ones(rows, 2), 2, 1.0)
+
+    with pytest.raises(AdapterError, match="both have an update"):
+        fuse(Adapter({"x.q_proj": layer(4), "x.qkv_proj": layer(12)}))

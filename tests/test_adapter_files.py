@@ -167,14 +167,69 @@ def test_an_error_at_any_call_leaves_the_old_adapter(call, number, exists, tmp_p
 
 
 def test_a_running_writer_keeps_its_temporary_files(tmp_path):
-    write_adapter(small_adapter(), tmp_path / "adapter")
-    running, dead = (tmp_path / "adapter" / f".x.lora-tmp-{n}" for n in "rd")
+    folder = tmp_path / "adapter"
+    write_adapter(small_adapter(), folder)
+    dead = folder / ".x.lora-tmp-dead"
     dead.write_bytes(b"")
-    running.write_bytes(b"")
-    with adapter_files._locked(running):
-        heal(tmp_path / "adapter", read_adapter(tmp_path / "adapter"))
+    with adapter_files._temporary(folder / "x", adapter_files._open_file) as (running, _):
+        heal(folder, read_adapter(folder))
         assert running.exists()
         assert not dead.exists()
+    assert not running.exists()
+
+
+READER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_adapter_files import small_adapter
+from lora.adapter import read_adapter
+from lora.adapter.storage import heal
+from pathlib import Path
+folder = Path({folder!r})
+print("ready", flush=True)
+while not (folder / "stop").exists():
+    file = read_adapter(folder)
+    file.checked()
+    heal(folder, file)
+"""
+
+
+def test_a_folder_is_read_and_healed_while_it_is_written(tmp_path):
+    write_adapter(small_adapter(0), tmp_path)
+    script = READER.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    for reader in readers:
+        assert reader.stdout.readline() == b"ready\n"
+    try:
+        for number in range(400):
+            write_adapter(small_adapter(number), tmp_path)
+    finally:
+        (tmp_path / "stop").touch()
+        errors = [reader.communicate(timeout=60)[1] for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0], errors
+    assert same(read_adapter(tmp_path).checked(), small_adapter(399))
+    assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+def test_an_old_reader_does_not_undo_a_newer_save(tmp_path):
+    write_adapter(small_adapter(), tmp_path)
+    old = read_adapter(tmp_path)
+    (name, layer), *_ = small_adapter().layers.items()
+    newer = Adapter(
+        {name: layer.with_factors(layer.lora_A, layer.lora_B, lora_alpha=64, scaling=32.0)}
+    )
+    write_adapter(newer, tmp_path)
+    said = (tmp_path / CONFIG_NAME).read_bytes()
+    heal(tmp_path, old)
+    assert (tmp_path / CONFIG_NAME).read_bytes() == said
+    (tmp_path / CONFIG_NAME).write_bytes(b"{}")
+    heal(tmp_path, old)
+    assert json.loads((tmp_path / CONFIG_NAME).read_bytes())["lora_alpha"] == 64
 
 
 def test_the_json_is_healed_from_the_tensors(tmp_path, caplog):

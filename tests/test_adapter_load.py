@@ -530,3 +530,133 @@ def test_factors_on_the_meta_device_become_real(make_phi3, fill_factors, tmp_pat
     got = lora.lora_state_dict(model)
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# Biases, halves, and what is said
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+def trained(bias="none", **options):
+    """A patched and trained model of `mlp`."""
+    model = lora.patch(mlp(), ["0", "2"], r=2, lora_alpha=4, bias=bias, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def test_biases_that_are_refused_are_not_loaded(tmp_path):
+    lora.save_adapter(trained("all"), tmp_path / "biases")
+    lora.save_adapter(trained(), tmp_path / "plain")
+    model, x = trained(), torch.randn(3, 8)
+    before = model(x)
+    report = lora.load_adapter(model, tmp_path / "biases", "b", strict=False)
+    assert any(problem.startswith("biases") for problem in report.problems)
+    assert torch.equal(model(x), before)
+    lora.delete_adapter(model, "b")
+    lora.load_adapter(model, tmp_path / "plain", "c")
+    biases = [p.clone() for n, p in model.named_parameters() if n.endswith("bias")]
+    lora.load_adapter(model, tmp_path / "biases", strict=False)
+    now = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    assert all(map(torch.equal, biases, now))
+
+
+@pytest.mark.parametrize("kind", ["folder", "state dict"])
+def test_missing_biases_are_refused(kind, tmp_path):
+    plain, model = trained(), trained("all")
+    path = tmp_path / "a"
+    if kind == "folder":
+        lora.save_adapter(plain, path)
+    else:
+        path = tmp_path / "a.pt"
+        torch.save(lora.lora_state_dict(plain), path)
+    refused(model, path, r"missing tensor 0\.bias")
+
+
+def test_a_bias_that_the_config_means_is_missing(tmp_path):
+    model = in_peft(mlp(), target_modules=["0", "2"], r=2, lora_alpha=4, bias="all")
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, tensors=lambda ts: {k: v for k, v in ts.items() if not k.endswith("3.bias")})
+    refused(mlp(), tmp_path, r"missing tensor 3\.bias")
+
+
+def test_trained_biases_do_not_go_where_biases_are_frozen(tmp_path):
+    lora.save_adapter(trained("all"), tmp_path)
+    refused(
+        trained(), tmp_path, "misfit: the file has 3 trained biases, in the model they are frozen"
+    )
+
+
+def test_half_a_layer_is_not_loaded(tmp_path):
+    source = trained()
+    with torch.no_grad():
+        source[0].lora_B.fill_(1.0)  # which bf16 can hold, as it cannot lora_A
+    lora.save_adapter(source, tmp_path)
+    model = trained(lora_dtype=torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = lora.load_adapter(model, tmp_path, strict=False)
+    assert not report.loaded
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_biases_are_remembered_at_their_widest_and_forgotten_with_the_adapter(tmp_path):
+    model = trained("all")
+    lora.mark_only_lora_as_trainable(model, "lora_only")
+    lora.save_adapter(model, tmp_path / "wide")
+    fresh, x = mlp(), torch.randn(3, 8)
+    lora.load_adapter(fresh, tmp_path / "wide")
+    assert torch.equal(fresh(x), model(x))
+    lora.delete_adapter(model, "default")
+    lora.patch(model, ["0"], r=2, lora_alpha=4)
+    lora.save_adapter(model, tmp_path / "none")
+    said = json.loads((tmp_path / "none" / CONFIG).read_text())
+    assert said["bias"] == "none"
+
+
+def test_a_layer_that_is_not_adapted_is_told_from_one_that_is_not_there(tmp_path):
+    lora.save_adapter(trained(), tmp_path)
+    model = lora.patch(mlp(), ["0"], r=2, lora_alpha=4)
+    refused(model, tmp_path, r"misfit: 2 is not adapted in this model.*lora\.unpatch")
+
+
+def test_biases_of_one_of_several_adapters_are_not_saved(tmp_path):
+    lora.save_adapter(trained(), tmp_path / "a")
+    model = trained()
+    lora.load_adapter(model, tmp_path / "a", "b")
+    for name in ("default", "b"):
+        with pytest.raises(lora.AdapterError, match="adapters share its biases"):
+            lora.save_adapter(model, tmp_path / "c", name, bias="all")
+
+
+def test_the_config_stands_for_its_folder_and_a_state_dict_may_lie_beside_it(tmp_path):
+    model, x = trained(), torch.randn(3, 8)
+    lora.save_adapter(model, tmp_path)
+    torch.save(lora.lora_state_dict(model), tmp_path / "lora.pt")
+    fresh = mlp()
+    lora.load_adapter(fresh, tmp_path / "adapter_config.json")
+    assert torch.equal(fresh(x), model(x))
+    other = lora.patch(mlp(), ["0", "2"], r=2, lora_alpha=4)
+    lora.load_adapter(other, tmp_path / "lora.pt")
+    assert torch.equal(other(x), model(x))
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    lora.save_adapter(trained(), tmp_path)
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got 'a'"):
+        lora.save_adapter("a", trained())
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got 'b'"):
+        lora.set_adapter("b", trained())
+    with pytest.raises(ValueError, match=r"lora_dtype=torch\.int8: expected a floating-point"):
+        lora.load_adapter(mlp(), tmp_path, lora_dtype=torch.int8)
+    with pytest.raises(lora.AdapterError, match="expected the name of a folder"):
+        lora.save_adapter(trained(), "")
+    with pytest.raises(FileNotFoundError, match="snapshot_download"):
+        lora.load_adapter(mlp(), "someone/adapter")
+    compiled = torch.compile(mlp(), backend="eager")
+    with pytest.raises(ValueError, match="compiled"):
+        lora.load_adapter(compiled, tmp_path)

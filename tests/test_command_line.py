@@ -193,8 +193,9 @@ BAD = {
     ),
     "a file as output": (
         ["convert", "adapter", "base/config.json", "--to", "peft"],
-        "it is a file",
+        "is there already",
     ),
+    "onto itself": (["convert", "adapter", "adapter", "--to", "split"], "adapter is there already"),
     "unequal parts": (
         ["convert", "adapter", "x.pt", "--to", "loralib"],
         "parts of [64, 32, 32] rows",

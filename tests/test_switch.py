@@ -336,3 +336,55 @@ def test_switching_within_merged_leaves_no_merged_weight_behind(merge, tmp_path)
     wanted = alone(small, tmp_path / "b", merge_weights=merge)["body"]
     with torch.no_grad():
         assert torch.equal(model["body"](x), wanted(x))
+
+
+def test_switching_on_a_meta_model_is_whole_or_not_at_all(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    for name, seed in (("a", 1), ("b", 2)):
+        source = lora.patch(net(), ["0", "2"], r=2, lora_alpha=4)
+        torch.manual_seed(seed)
+        for p in lora.lora_state_dict(source).values():
+            p.normal_()
+        lora.save_adapter(source, tmp_path / name)
+    model = net()
+    model[2].to("meta")
+    for name in ("a", "b"):
+        lora.load_adapter(model, tmp_path / name, name)
+    lora.set_adapter(model, "b")
+    model.load_state_dict(net().state_dict(), strict=False, assign=True)
+    x = torch.randn(3, 8)
+    for name in ("b", "a", "b"):
+        lora.set_adapter(model, name)
+        alone = net()
+        lora.load_adapter(alone, tmp_path / name)
+        assert torch.equal(model(x), alone(x))
+
+
+def test_a_copy_that_a_file_repeats_is_compared_with_the_base(make_phi3, fill_factors, tmp_path):
+    theirs = in_peft(make_phi3(), fill_factors, target_modules=["o_proj"], r=2, lora_alpha=4)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = make_phi3()
+    lora.patch_phi3(model, r=2, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    lora.load_adapter(model, tmp_path, "b")
+    assert lora.adapter_names(model) == ("default", "b")
+
+
+def test_a_data_parallel_wrapper_is_refused(tmp_path):
+    model = nn.Sequential(lora.Linear(4, 4, 2))
+    nn.init.normal_(model[0].lora_B)
+    lora.save_adapter(model, tmp_path)
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    for change in (
+        lambda: lora.load_adapter(wrapper, tmp_path, "b"),
+        lambda: lora.set_adapter(wrapper, "default"),
+    ):
+        with pytest.raises(ValueError, match=r"change the adapters of model\.module"):
+            change()
+    lora.load_adapter(wrapper, tmp_path)  # values into the Parameters that are there

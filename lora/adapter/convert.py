@@ -126,6 +126,8 @@ def fuse(adapter: Adapter) -> Adapter:
         fused = of_part.get(own)
         if fused is None:
             layers[name] = layer
+        elif prefix + fused in adapter.layers:
+            raise AdapterError(f"{name} and {prefix + fused} both have an update: not fused")
         elif prefix + fused not in layers:
             found = [adapter.layers.get(prefix + part) for part in PARTS[fused]]
             layers[prefix + fused] = _fused(prefix + fused, fused, found)

@@ -20,7 +20,7 @@ import shutil
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def _make_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         with new_folder(folder) as temporary:
             for name, data in contents.items():
-                with _written(temporary / name, data):
-                    pass
+                with (temporary / name).open("xb") as file:
+                    _write(file.fileno(), data)
     except OSError:
         if not folder.is_dir():
             raise
@@ -85,15 +85,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name at the end, or vanishes with all it has."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent, folder.name)
-    with _temporary_name(folder) as temporary:
-        temporary.mkdir()
-        with _locked(temporary):
-            yield temporary
-            for inner, _, _ in os.walk(temporary):
-                _sync(Path(inner))
-            if folder.is_dir():
-                folder.rmdir()  # it is empty; Windows renames to no folder that exists
-            os.rename(temporary, folder)
+    with _temporary(folder, _open_folder) as (temporary, _):
+        yield temporary
+        for inner, _, _ in os.walk(temporary):
+            _sync(Path(inner))
+        if folder.is_dir():
+            folder.rmdir()  # it is empty; Windows renames to no folder that exists
+        os.rename(temporary, folder)
     _sync(folder.parent)
 
 
@@ -102,8 +100,9 @@ def _replace_all(folder: Path, contents: Mapping[str, bytes]) -> None:
     with contextlib.ExitStack() as stack:
         temporary = {}
         for name, data in contents.items():
-            temporary[name] = stack.enter_context(_temporary_name(folder / name))
-            stack.enter_context(_written(temporary[name], data))
+            path, descriptor = stack.enter_context(_temporary(folder / name, _open_file))
+            _write(descriptor, data)
+            temporary[name] = path
         for number, name in enumerate(contents):
             try:
                 os.replace(temporary[name], folder / name)
@@ -117,23 +116,63 @@ def _replace_all(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside `path`; what bears it is removed at the end, if it was not renamed."""
-    temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(6)}")
+def _temporary(path: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """Something beside `path`, made by `create` and locked; removed at the end, if not renamed."""
+    while True:
+        temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(6)}")
+        descriptor = create(temporary)
+        try:
+            # Before it is locked, another process may take it for a dead writer's, and remove it.
+            if _lock(descriptor) and not _is(temporary, descriptor):
+                continue
+            yield temporary, descriptor
+            return
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+            _remove(temporary)
+
+
+def _open_file(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _open_folder(path: Path) -> int:
+    path.mkdir()
+    if sys.platform == "win32":  # which cannot open a folder
+        return -1
     try:
-        yield temporary
-    finally:
-        _remove(temporary)
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # taken for a dead writer's
+        return _open_folder(path)
 
 
-@contextlib.contextmanager
-def _written(path: Path, data: bytes) -> Iterator[None]:
-    """Create `path` with its bytes on the disk, locked while the block lasts."""
-    with path.open("xb") as file, _locked(path):
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        yield
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether `path` is still what was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock what was opened until it is closed; False where there are no locks."""
+    if sys.platform == "win32":  # where nobody can remove an open file
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: nothing of it is ever taken for stale
+        return False
+    return True
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, onto the disk."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
 
 
 def _sync(folder: Path) -> None:
@@ -143,21 +182,6 @@ def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder while the block lasts, where there are locks."""
-    if sys.platform == "win32":  # where nobody can remove an open file
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(descriptor)
 

@@ -38,10 +38,7 @@ def misfit(name: str, layer: Layer, now: Layer) -> str | None:
     for fact in ("kind", "enable_lora", "out_splits", "scaling"):
         there, here = getattr(layer, fact), getattr(now, fact)
         if there != here:
-            return (
-                f"misfit: {name}: {fact} is {there!r}, in the model {here!r}; load it into the plain "
-                "model (lora.unpatch) or under another name"
-            )
+            return f"misfit: {name}: {fact} is {there!r}, in the model {here!r}"
     return misshapen(name, [layer.lora_A, layer.lora_B], now)
 
 

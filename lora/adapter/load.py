@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +22,32 @@ from ..full import is_full
 from ..patch import build_all, check_patchable, install, unchanged_on_error
 from ..state import bias_mode
 from ..switch import (
+    BIAS_MODE,
     DEFAULT,
     adapter_names,
     adapters_of,
     add_adapter,
     inner_model,
     name_adapter,
+    refuse_data_parallel,
     with_base,
 )
 from ..targets import linear_names
 from . import files, fingerprint, peft_format
 from .contents import Adapter, AdapterError, Layer, listed
 from .fit import misfit, misshapen, stranger, unfit, unholdable
-from .save import CLASSES, active_modules, described, matrix, plain_name
+from .save import (
+    CLASSES,
+    active_modules,
+    biases_of,
+    described,
+    matrix,
+    plain_name,
+)
 from .storage import File, heal, read_adapter
+
+_FACTORS = ("lora_A", "lora_B")
+_SHARED = "biases: an adapter with trained biases cannot be beside another, which would share them"
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,10 @@ def load_adapter(
 
     Warns if every update is zero: such an adapter does nothing yet.
     """
-    model = inner_model(model)
+    wrapper, model = model, inner_model(model)
     names = adapter_names(model)
+    if lora_dtype is not None and not lora_dtype.is_floating_point:
+        raise ValueError(f"lora_dtype={lora_dtype}: expected a floating-point dtype")
     if name is not None and (not isinstance(name, str) or not name):
         raise AdapterError(f"name={name!r}: expected a string, or None for the active adapter")
     file = _read(model, Path(path))
@@ -114,9 +128,15 @@ def load_adapter(
             f"name={name!r}: the model has such an adapter; lora.delete_adapter it first"
         )
     else:
+        refuse_data_parallel(wrapper)
+        if not names:
+            check_patchable(wrapper)
         plan = _plan_modules(model, file)
     if strict and plan.problems:
-        raise AdapterError(f"{file.path}: {listed(plan.problems.values())}; the model is unchanged")
+        advice = "the model is unchanged"
+        if any(problem.startswith("misfit") for problem in plan.problems.values()):
+            advice += "; load it into the plain model (lora.unpatch) or under another name"
+        raise AdapterError(f"{file.path}: {listed(plan.problems.values())}; {advice}")
     _carry_out(model, plan, file, name or DEFAULT, merge_weights, lora_dtype)
     heal(Path(path), file)
     if file.adapter.does_nothing():
@@ -178,19 +198,25 @@ def _carry_out(
 
 @contextmanager
 def _restoring(model: nn.Module, values: Iterable[tuple[str, str, Tensor]]) -> Iterator[None]:
-    """If the block raises, the tensors that `values` name have the values that they had."""
+    """If the block raises, the tensors that `values` name are those that they were, to the bit."""
     before = []
     for path, own, _ in values:
-        tensor = _tensor(model.get_submodule(path), own)
-        if tensor is not None and not tensor.is_meta:
-            before.append((tensor, tensor.detach().clone()))
+        module = model.get_submodule(path)
+        tensor = _tensor(module, own)
+        kept = None if tensor is None or tensor.is_meta else tensor.detach().clone()
+        before.append((_registry(module, own), own, tensor, kept))
     try:
         yield
     except BaseException:
-        for tensor, value in before:
-            if not torch.equal(tensor.detach(), value):
-                tensor.detach().copy_(value)
+        for registry, own, tensor, kept in before:
+            registry[own] = tensor
+            if tensor is not None and kept is not None and not _same_bits(tensor.detach(), kept):
+                tensor.detach().copy_(kept)
         raise
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (one, other)))
 
 
 # The file
@@ -198,15 +224,16 @@ def _restoring(model: nn.Module, values: Iterable[tuple[str, str, Tensor]]) -> I
 
 def _read(model: nn.Module, path: Path) -> File:
     """The file; of a state dict, the adapter that its tensors are for `model`."""
-    alone = not (path.parent / peft_format.CONFIG_NAME).exists()
-    if path.is_file() and path.suffix != ".safetensors" and alone:
-        return _read_state_dict(model, path)
-    return read_adapter(path)
-
-
-def _read_state_dict(model: nn.Module, path: Path) -> File:
-    """What loralib's users save: bare tensors, whose meaning is in the model's layers."""
+    if not path.is_file() or path.suffix in (".safetensors", ".json"):
+        return read_adapter(path)
     state = files.read_state_dict(path)
+    if any(key.startswith(peft_format.PREFIX) for key in state):
+        return read_adapter(path)
+    return _read_state_dict(model, path, state)
+
+
+def _read_state_dict(model: nn.Module, path: Path, state: dict[str, Tensor]) -> File:
+    """What loralib's users save: bare tensors, whose meaning is in the model's layers."""
     layers, saved = described(active_modules(model))
     if not layers and not saved:
         raise AdapterError(
@@ -246,78 +273,104 @@ def _plan_values(model: nn.Module, file: File) -> _Plan:
     for name in sorted(layers.keys() - adapter.layers.keys() - plan.problems.keys()):
         plan.problems[name] = f"missing: the file has nothing for {name}"
     for name, layer in adapter.layers.items():
-        problem = misfit(name, layer, layers[name]) if name in layers else stranger(name, layers)
+        if name in layers:
+            problem = misfit(name, layer, layers[name])
+        elif name in paths:
+            problem = f"misfit: {name} is not adapted in this model"
+        else:
+            problem = stranger(name, layers)
         if problem is not None:
             plan.problems[name] = problem
-            continue
-        plan.loaded.append(name)
-        for own in ("lora_A", "lora_B"):
-            _plan_value(plan, model, paths[name], own, getattr(layer, own))
-    for key in sorted(saved.keys() - adapter.saved.keys() - plan.problems.keys()):
-        plan.problems[key] = f"missing tensor {key}"
-    for key, value in adapter.saved.items():
-        if key not in saved:
-            plan.problems[key] = (
-                f"unexpected: {key} was trained in full, here it is frozen: patch the model with "
-                f"modules_to_save={list(adapter.modules_to_save)}"
-            )
-        else:
-            _plan_named(plan, model, key, value)
-    plan.loaded += [name for name, module in modules.items() if is_full(module) and adapter.saved]
-    if adapter.biases and len(adapter_names(model)) > 1:
-        plan.problems["bias"] = (
-            "biases: an adapter with trained biases cannot be beside another one"
+        elif _plan_values_of(plan, model, {f"{name}.{o}": getattr(layer, o) for o in _FACTORS}):
+            plan.loaded.append(name)
+    for name in (n for n, module in modules.items() if is_full(module)):
+        keys = [key for key in saved if key.startswith(f"{name}.")]
+        missing = [key for key in keys if key not in adapter.saved]
+        plan.problems |= {key: f"missing tensor {key}" for key in missing}
+        there = {key: adapter.saved[key] for key in keys if key not in missing}
+        if not missing and _plan_values_of(plan, model, there):
+            plan.loaded.append(name)
+    for key in sorted(adapter.saved.keys() - saved.keys()):
+        plan.problems[key] = (
+            f"unexpected: {key} was trained in full, here it is frozen: patch the model with "
+            f"modules_to_save={list(adapter.modules_to_save)}"
         )
-    _plan_biases_and_copies(plan, model, adapter)
+    marked = biases_of(model, model.__dict__.get(BIAS_MODE, "none"))
+    if adapter.biases and bias_mode(model) == "none":
+        plan.problems["bias"] = (
+            f"misfit: the file has {len(adapter.biases)} trained biases, in the model they are frozen"
+        )
+    elif adapter.biases and len(adapter_names(model)) > 1:
+        plan.problems["bias"] = _SHARED
+    _plan_biases(plan, model, adapter, marked.keys() - saved.keys())
+    _check_copies(plan, model, adapter)
     _compare_bases(plan, adapter, modules)
     return plan
 
 
-def _plan_named(plan: _Plan, model: nn.Module, key: str, value: Tensor) -> None:
-    """Plan the value of a tensor by its plain name in the state dict."""
+def _plan_values_of(plan: _Plan, model: nn.Module, values: Mapping[str, Tensor]) -> bool:
+    """Plan these values, by name in the state dict: all of them, or none if one has no place."""
     paths = {plain_name(path): path for path, _ in model.named_modules()}
-    name, _, own = key.rpartition(".")
-    if name not in paths or _tensor(model.get_submodule(paths[name]), own) is None:
-        plan.problems[key] = f"unexpected tensor {key}: the model has none of this name"
-    else:
-        _plan_value(plan, model, paths[name], own, value)
+    steps, problems = [], {}
+    for key, value in values.items():
+        name, _, own = key.rpartition(".")
+        now = _tensor(model.get_submodule(paths[name]), own) if name in paths else None
+        if now is None:
+            problems[key] = f"unexpected tensor {key}: the model has none of this name"
+        elif (problem := unholdable(key, value, now)) is not None:
+            problems[key] = problem
+        else:
+            steps.append((paths[name], own, value))
+    plan.problems |= problems
+    plan.values += steps if not problems else []
+    return not problems
 
 
-def _plan_value(plan: _Plan, model: nn.Module, path: str, own: str, value: Tensor) -> None:
-    """Plan a value; a problem if shape or dtype cannot hold it."""
-    now, key = _tensor(model.get_submodule(path), own), f"{plain_name(path)}.{own}"
-    assert now is not None
-    problem = unholdable(key, value, now)
-    if problem:
-        plan.problems[key] = problem
-    else:
-        plan.values.append((path, own, value))
+def _registry(module: nn.Module, own: str) -> dict[str, Any]:
+    """Where the module keeps the tensor: its Parameters, or its buffers."""
+    return module._buffers if own in module._buffers else module._parameters
 
 
 def _tensor(module: nn.Module, own: str) -> Tensor | None:
-    parameter = module._parameters.get(own)
-    return parameter if parameter is not None else module._buffers.get(own)
+    tensor: Tensor | None = _registry(module, own).get(own)
+    return tensor
 
 
 def _set_value(module: nn.Module, own: str, value: Tensor) -> None:
-    now = _tensor(module, own)
+    registry, now = _registry(module, own), _tensor(module, own)
     assert now is not None
-    if now.is_meta and own in module._buffers:
-        module._buffers[own] = value.to(now.dtype)
-    elif now.is_meta:  # nothing to copy into
-        module._parameters[own] = nn.Parameter(value.to(now.dtype), now.requires_grad)
-    else:
+    if not now.is_meta:
         with torch.no_grad():
             now.copy_(value)
+    elif isinstance(now, nn.Parameter):  # there is nothing to copy into
+        registry[own] = nn.Parameter(value.to(now.dtype), now.requires_grad)
+    else:
+        registry[own] = value.to(now.dtype)
 
 
-def _plan_biases_and_copies(plan: _Plan, model: nn.Module, adapter: Adapter) -> None:
-    """Trained biases are set; tensors of the base that the file repeats must be this base's."""
+def _plan_biases(
+    plan: _Plan, model: nn.Module, adapter: Adapter, expected: Collection[str]
+) -> None:
+    """Plan the trained biases, if the model may have them: all that are expected."""
+    if "bias" in plan.problems:
+        return
+    for key in sorted(expected - adapter.biases.keys()):
+        plan.problems.setdefault(key, f"missing tensor {key}")
     for key, value in adapter.biases.items():
-        _plan_named(plan, model, key, value)
-    own = {plain_name(n): t for n, t in model.state_dict(keep_vars=True).items()}
+        _plan_values_of(plan, model, {key: value})
+
+
+def _check_copies(plan: _Plan, model: nn.Module, adapter: Adapter) -> None:
+    """Tensors of the frozen base that the file repeats must be this base's."""
+    if not adapter.copies:
+        return
+    base = {
+        f"{plain_name(path)}.{own}": tensor
+        for path, module in _base_modules(model)
+        for own, tensor in (*module._parameters.items(), *module._buffers.items())
+    }
     for key, value in adapter.copies.items():
-        now = own.get(key)
+        now = base.get(key)
         if now is None:
             plan.problems[key] = f"unexpected tensor {key}: the model has none of this name"
         elif now.shape != value.shape or not torch.equal(now.detach().cpu(), value.to(now.dtype)):
@@ -342,8 +395,6 @@ def _compare_bases(plan: _Plan, adapter: Adapter, modules: Mapping[str, nn.Modul
 def _plan_modules(model: nn.Module, file: File) -> _Plan:
     """Adapt the base's modules: of a plain model, or for a further adapter."""
     plan, adapter, store = _Plan(dict(file.problems)), file.adapter, adapters_of(model)
-    if store is None:
-        check_patchable(model)
     try:
         base = dict(_base_modules(model))
     except ValueError as error:
@@ -366,12 +417,25 @@ def _plan_modules(model: nn.Module, file: File) -> _Plan:
             plan.problems[path] = f"{path} lies in {other} of another adapter, or that in it"
     _plan_full(plan, file, base)
     if others and (adapter.biases or bias_mode(model) != "none"):
-        plan.problems["bias"] = (
-            "biases: an adapter with trained biases cannot be beside another one"
-        )
-    _plan_biases_and_copies(plan, model, adapter)
+        plan.problems["bias"] = _SHARED
+    _plan_biases(plan, model, adapter, _biases_meant(adapter, base))
+    _check_copies(plan, model, adapter)
     _compare_bases(plan, adapter, by_name)
     return plan
+
+
+def _biases_meant(adapter: Adapter, base: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the base's biases that the adapter's mode means."""
+    names: dict[int, str] = {}
+    for path, module in base.items():
+        for own, parameter in module._parameters.items():
+            key, is_bias = f"{plain_name(path)}.{own}", "bias" in own.split("_")
+            adapted = plain_name(path) in adapter.layers and own == "bias"
+            if parameter is None or key in adapter.saved:
+                continue
+            if (adapter.bias == "all" and is_bias) or (adapter.bias == "lora_only" and adapted):
+                names.setdefault(id(parameter), key)
+    return set(names.values())
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

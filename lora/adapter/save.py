@@ -17,7 +17,7 @@ from ..full import full_modules
 from ..linear import Linear, is_transformers_conv1d
 from ..merged_linear import MergedLinear
 from ..state import adapter_parameters, bias_mode
-from ..switch import adapters_of, inner_model
+from ..switch import adapter_names, adapters_of, inner_model
 from .contents import Adapter, AdapterError, Layer
 from .fingerprint import fingerprint
 from .storage import write_adapter
@@ -48,7 +48,8 @@ def save_adapter(
 
     PEFT, transformers and this library read it; a MergedLinear becomes one update with a
     block-diagonal B there, the very numbers. The safetensors file holds everything and is replaced
-    in one step: a process that dies at any moment leaves the old adapter or the new one.
+    in one step: after a process that died at any moment `load_adapter` finds the old adapter or the
+    new one (and mends PEFT's JSON, should that be the old one still).
 
     Args:
         model: with LoRA layers of any class of this library; convolutions with kernel size 1 and one
@@ -66,6 +67,8 @@ def save_adapter(
 
     Warns if something trains that an adapter does not hold.
     """
+    if not str(directory):
+        raise AdapterError(f"directory={directory!r}: expected the name of a folder")
     adapter = adapter_of(model, name, bias)
     if base_model_name_or_path is not None:
         adapter = adapter.replaced(base=base_model_name_or_path)
@@ -83,10 +86,11 @@ def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = Non
         raise AdapterError(f"{type(model).__name__} has no LoRA layers with r > 0: nothing to save")
     for name in (n for n, layer in layers.items() if layer.lora_A.is_meta):
         raise AdapterError(f"{name} is on the meta device: there is nothing to save yet")
-    mode, biases = "none", dict[str, Tensor]()
+    mode = bias or bias_mode(model)
+    if bias not in (None, "none") and len(adapter_names(model)) > 1:
+        raise AdapterError(f"bias={bias!r}: the model's adapters share its biases; expected 'none'")
+    biases = biases_of(model, mode)
     if modules == active_modules(model):
-        mode = bias or bias_mode(model)
-        biases = _biases(model, mode)
         _warn_of_the_rest(model, mode)
     names = [plain_name(path) for path, _ in model.named_modules()]
     full = tuple(name for name, m in modules.items() if not isinstance(m, LoRALayer))
@@ -236,7 +240,7 @@ def _also_wrapped(model: nn.Module, full: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
-def _biases(model: nn.Module, mode: str) -> dict[str, Tensor]:
+def biases_of(model: nn.Module, mode: str) -> dict[str, Tensor]:
     """The biases that the mode means, by their name in the plain model's state dict."""
     chosen = {id(p) for p in adapter_parameters(model, mode)}
     chosen -= {id(p) for p in adapter_parameters(model, "none")}

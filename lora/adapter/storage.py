@@ -147,15 +147,22 @@ def read_adapter(path: str | Path) -> File:
 
 def _locate(path: Path) -> Path:
     """The file with the tensors."""
+    if path.name == CONFIG_NAME:
+        path = path.parent
     if path.is_dir():
         for name in (TENSORS_NAME, _PEFT_PICKLE):
             if (path / name).exists():
                 return path / name
         inside = sorted(p.parent.name for p in path.glob(f"*/{TENSORS_NAME}"))
         hint = f"; there is one in its folder {inside[0]!r}" if inside else ""
+        if (path / "config.json").exists():
+            hint = "; it has a config.json, so it is a base model: give the folder of an adapter"
         raise FileNotFoundError(f"{path} has no {TENSORS_NAME}{hint}")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such adapter")
+        raise FileNotFoundError(
+            f"{path}: there is no such adapter; for a name on the Hub, "
+            "huggingface_hub.snapshot_download gives its folder"
+        )
     return path
 
 
@@ -281,15 +288,30 @@ def heal(directory: Path, file: File) -> None:
     """
     if not directory.is_dir() or not file.verified:
         return
-    path, expected = directory / CONFIG_NAME, dict(file.config)
     with contextlib.suppress(OSError):  # a folder that may only be read
         files.tidy(directory)
-        said: dict[str, Any] = {}
-        with contextlib.suppress(AdapterError, FileNotFoundError):
-            said = files.read_json(path)
-        if any(
-            key not in said or said[key] != expected[key] for key in expected.keys() - set(_FREE)
-        ):
-            expected |= {key: said[key] for key in _FREE if key in said}
-            files.write_folder(directory, {CONFIG_NAME: _config_bytes(expected)})
-            _log.warning("%s did not say what its adapter says: written anew", path)
+        while not _says_the_same(directory / CONFIG_NAME, file.config):
+            file = read_adapter(directory)  # which may be a newer one than that which was loaded
+            config = dict(file.config) | _free(directory / CONFIG_NAME)
+            if not file.verified or _says_the_same(directory / CONFIG_NAME, file.config):
+                return
+            files.write_folder(directory, {CONFIG_NAME: _config_bytes(config)})
+            _log.warning("%s did not say what its adapter says: written anew", directory)
+            file = read_adapter(directory)
+
+
+def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
+    said = _said(path)
+    return all(key in said and said[key] == config[key] for key in config.keys() - set(_FREE))
+
+
+def _free(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in _said(path).items() if key in _FREE}
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What the JSON says; nothing if it cannot be read."""
+    try:
+        return files.read_json(path)
+    except (AdapterError, FileNotFoundError):
+        return {}
