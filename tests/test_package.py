@@ -128,10 +128,11 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "adapter.merge": 10,
     "adapter.save": 9,
     "adapter.fit": 10,
-    "adapter.load": 11,
-    "adapter": 12,
-    "": 13,
-    "__main__": 14,
+    "adapter.plan": 11,
+    "adapter.load": 12,
+    "adapter": 13,
+    "": 14,
+    "__main__": 15,
 }
 
 

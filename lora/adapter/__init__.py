@@ -1,6 +1,6 @@
 """Adapters on disk: one safetensors file that PEFT reads, exact, checked, and never half-written.
 
-    save, load          from and to a model, over  fit (does it fit?)
+    save, load          from and to a model, over  plan, fit (what would be done, does it fit?)
     storage             a folder's two files and the digest, over  peft_format, files
     contents            Adapter and Layer, what every file is read into
     convert             split, fuse, portable, to_loralib, from_loralib
