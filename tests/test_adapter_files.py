@@ -230,6 +230,10 @@ def test_an_old_reader_does_not_undo_a_newer_save(tmp_path):
     (tmp_path / CONFIG_NAME).write_bytes(b"{}")
     heal(tmp_path, old)
     assert json.loads((tmp_path / CONFIG_NAME).read_bytes())["lora_alpha"] == 64
+    (tmp_path / CONFIG_NAME).write_bytes(b"{}")
+    (tmp_path / TENSORS_NAME).write_bytes(b"damaged since")
+    heal(tmp_path, old)  # the load that calls it is done and must not fail
+    assert (tmp_path / CONFIG_NAME).read_bytes() == b"{}"
 
 
 def test_the_json_is_healed_from_the_tensors(tmp_path, caplog):

@@ -288,7 +288,7 @@ def heal(directory: Path, file: File) -> None:
     """
     if not directory.is_dir() or not file.verified:
         return
-    with contextlib.suppress(OSError):  # a folder that may only be read
+    with contextlib.suppress(OSError, AdapterError):  # it may only be read, or is damaged meanwhile
         files.tidy(directory)
         while not _says_the_same(directory / CONFIG_NAME, file.config):
             file = read_adapter(directory)  # which may be a newer one than that which was loaded
