@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from adapter_helpers import move
+from adapter_helpers import OF_TRANSFORMERS, move
+from peft import PeftModel
 from torch import nn
 
 import lora
@@ -255,3 +256,26 @@ def test_buffers_of_a_module_trained_in_full_are_saved_to_the_bit(tmp_path):
     assert plain[1].num_batches_tracked.item() == 1
     assert plain[1].num_batches_tracked.dtype == torch.int64
     assert same_state(plain.state_dict(), model.state_dict())
+
+
+@pytest.mark.filterwarnings(OF_TRANSFORMERS)
+def test_tokens_that_were_added_are_trained_and_saved(make_phi3, tmp_path):
+    def resized():
+        model = make_phi3()
+        torch.manual_seed(1)
+        model.resize_token_embeddings(100, mean_resizing=False)
+        return model
+
+    model = resized()
+    lora.patch_phi3(model, r=2, lora_dropout=0.0, modules_to_save=["lm_head", "embed_tokens"])
+    step(model)
+    lora.save_adapter(model, tmp_path)
+    fresh = resized()
+    lora.load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+    plain = make_phi3()
+    with pytest.raises(lora.AdapterError, match=r"resize_token_embeddings\(100\) first"):
+        lora.load_adapter(plain, tmp_path)
+    assert torch.equal(logits(plain), logits(make_phi3()))
+    theirs = PeftModel.from_pretrained(resized(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)

@@ -66,7 +66,10 @@ def stranger(name: str, known: Collection[str]) -> str:
 def unholdable(key: str, value: Tensor, now: Tensor) -> str | None:
     """Why the tensor `now` cannot take `value`; None if it can, exactly."""
     if value.shape != now.shape:
-        return f"misshapen: {key} is {tuple(value.shape)}, in the model {tuple(now.shape)}"
+        text = f"misshapen: {key} is {tuple(value.shape)}, in the model {tuple(now.shape)}"
+        if value.ndim == now.ndim == 2 and value.shape[1] == now.shape[1]:
+            text += f" (for added tokens: model.resize_token_embeddings({value.shape[0]}) first)"
+        return text
     back = value.to(now.dtype).to(value.dtype)
     if not torch.equal(back.nan_to_num(), value.nan_to_num()):
         return f"dtype: {key} is {value.dtype}, {now.dtype} in the model would round it"
