@@ -250,6 +250,7 @@ HOSTILE = [
     {"lora_alpha": 10**400},
     {"r": True},
     {"lora_dropout": "x"},
+    {"modules_to_save": "lm_head"},
     {"lora_dropout": 2},
     {"layers_to_transform": "a"},
 ]

@@ -251,7 +251,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 def _check_names(config: Mapping[str, Any]) -> None:
     for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern"):
         value = config.get(name)
-        if not isinstance(value, (str, type(None))) and not _is_list_of(str, value):
+        may_be_one = isinstance(value, str) and name != "modules_to_save"
+        if value is not None and not may_be_one and not _is_list_of(str, value):
             raise AdapterError(f"{name}={value!r}: expected a list of names")
     layers = config.get("layers_to_transform")
     if not isinstance(layers, (int, type(None))) and not _is_list_of(int, layers):
