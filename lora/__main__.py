@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -16,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +22,8 @@ from torch import Tensor
 from ._version import __version__
 from .adapter import files
 from .adapter.contents import Adapter, AdapterError, Layer
-from .adapter.storage import File, read_adapter, write_adapter
+from .adapter.describe import as_text, facts_of
+from .adapter.storage import read_adapter, write_adapter
 
 _FORMS = ("peft", "loralib", "split", "fused", "portable")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,99 +58,9 @@ def _in_words(error: Exception) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     file = read_adapter(args.path)
-    facts = _facts(file)
-    print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
+    facts = facts_of(file)
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
     return 0
-
-
-def _facts(file: File) -> dict[str, Any]:
-    adapter = file.adapter
-    tensors = adapter.tensors().values()
-    return {
-        "path": str(file.path),
-        "written_by": "lora" if file.native else "PEFT, or another library",
-        "verified": file.verified,
-        "problems": list(file.problems.values()),
-        "base": adapter.base,
-        "task_type": adapter.task_type,
-        "bias": adapter.bias,
-        "modules_to_save": list(adapter.modules_to_save),
-        "parameters": sum(t.numel() for t in tensors),
-        "bytes": file.bytes,
-        "layers": [_of_layer(name, layer) for name, layer in adapter.layers.items()],
-    }
-
-
-def _of_layer(name: str, layer: Layer) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": layer.kind,
-        "shape": list(layer.shape),
-        "parts": _parts(layer),
-        "r": layer.r,
-        "lora_alpha": layer.lora_alpha,
-        "scaling": layer.scaling,
-        "lora_dropout": layer.lora_dropout,
-        "dtype": str(layer.lora_A.dtype).removeprefix("torch."),
-        "norm": _norm(layer),
-    }
-
-
-def _parts(layer: Layer) -> list[int]:
-    """Rows of every part, negative without an update; one part for most kinds."""
-    if layer.kind != "MergedLinear":
-        return [layer.shape[0]]
-    parts = zip(layer.out_splits or (), layer.enable_lora or (), strict=True)
-    return [rows if on else -rows for rows, on in parts]
-
-
-def _norm(layer: Layer) -> float:
-    """Frobenius norm of the update: ‖s B A‖² = s² tr(BᵀB · AAᵀ), without forming B A."""
-    A, B = (factor.double() for factor in layer.dense())
-    square = float(((B.T @ B) * (A @ A.T)).sum())
-    return abs(layer.scaling) * math.sqrt(max(square, 0.0))
-
-
-def _as_text(facts: Mapping[str, Any]) -> str:
-    layers = facts["layers"]
-    kinds = Counter(_row(layer) for layer in layers)
-    head = (
-        "layer",
-        "count",
-        "weight",
-        "parts",
-        "r per part",
-        "alpha",
-        "scaling",
-        "dtype",
-        "|update|",
-    )
-    cells: list[tuple[str, ...]] = [head]
-    for (own, kind, *rest), count in kinds.items():
-        norms = [x["norm"] for x in layers if _row(x) == (own, kind, *rest)]
-        span = f"{min(norms):.3g} to {max(norms):.3g}" if count > 1 else f"{norms[0]:.3g}"
-        cells.append((f"{own} ({kind})", str(count), *rest, span))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    verified = "verified" if facts["verified"] else "not verified (no digest of ours)"
-    return "\n".join(
-        [
-            f"{facts['path']}: written by {facts['written_by']}, {verified}",
-            f"base: {facts['base'] or 'not said'}; task: {facts['task_type'] or 'not said'}; "
-            f"trained biases: {facts['bias']}; "
-            f"trained in full: {', '.join(facts['modules_to_save']) or 'none'}",
-            *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells),
-            f"{len(layers)} layers, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
-            *(f"problem: {problem}" for problem in facts["problems"]),
-        ]
-    )
-
-
-def _row(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    parts = " ".join(f"{p}" if p > 0 else f"({-p})" for p in layer["parts"])
-    shape = " x ".join(map(str, layer["shape"]))
-    numbers = (str(layer["r"]), f"{layer['lora_alpha']:g}", f"{layer['scaling']:g}")
-    own = layer["name"].rpartition(".")[2]
-    return own, layer["kind"], shape, parts, *numbers, layer["dtype"]
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
     save, load          from and to a model, over  plan, fit (what would be done, does it fit?)
     storage             a folder's two files and the digest, over  peft_format, files
-    contents            Adapter and Layer, what every file is read into
+    selection           which modules a PEFT config selects
+    contents            Adapter and Layer, what every file is read into; describe
     convert             split, fuse, portable, to_loralib, from_loralib
     merge               merge_checkpoint and rehearse, over  checkpoint, check
     fingerprint         is it the base of the training?

@@ -22,6 +22,7 @@ from . import fingerprint, peft_format
 from .contents import Adapter, AdapterError
 from .fit import misfit, stranger, unfit, unholdable
 from .save import active_modules, biases_of, described, matrix, plain_name
+from .selection import selected
 from .storage import File
 
 _FACTORS = ("lora_A", "lora_B")
@@ -136,7 +137,7 @@ def _compare_selection(
 ) -> None:
     """PEFT adapts what the config selects: no more and no less may be in the file."""
     linear = {plain_name(name) for name in linear_names(model, dict(base_modules(model)))}
-    chosen = peft_format.selected(file.config, base.keys(), linear)
+    chosen = selected(file.config, base.keys(), linear)
     leaves = {name for name in chosen if not any(True for _ in base[name].children())}
     for name in sorted(leaves - file.adapter.layers.keys() - plan.problems.keys()):
         plan.problems[name] = f"missing: the file has nothing for {name}, which its config selects"
