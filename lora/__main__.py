@@ -82,9 +82,9 @@ def _check(args: argparse.Namespace) -> int:
         from .adapter.checkpoint import Checkpoint
         from .adapter.merge import rehearse
 
-        Checkpoint(args.base)  # a base that cannot be read says nothing of the adapter
+        base = Checkpoint(args.base)  # not inside: if it cannot be read, the adapter may be fine
         try:
-            report = rehearse(args.base, file.adapter, progress=_progress("comparing"))
+            report = rehearse(base, file.adapter, progress=_progress("comparing"))
         except AdapterError as error:
             print(f"problem: {error}")
             return 1

@@ -113,6 +113,11 @@ def tied_updates(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield name, others[0]
 
 
+def is_bias(own: str) -> bool:
+    """Whether a parameter of this own name is a bias: `bias`, or a name such as `in_proj_bias`."""
+    return "bias" in own.split("_")
+
+
 def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
     """The factors, what trains in full, and the biases that the mode chooses."""
     if bias not in _BIAS_MODES:
@@ -125,7 +130,7 @@ def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
             if parameter is not None and (
                 (adapted and own.startswith("lora_"))
                 or (adapted and bias == "lora_only" and own == "bias")
-                or (bias == "all" and "bias" in own.split("_"))
+                or (bias == "all" and is_bias(own))
             ):
                 yield parameter
 

@@ -15,6 +15,7 @@ from .linear import Linear
 from .merged_linear import MergedLinear
 from .state import adapter_parameters
 from .switch import adapter_names
+from .table import aligned
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,13 @@ class Summary:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         layers = sum(row.count for row in self.rows)
         paths: dict[str, list[str]] = {}
         for row in self.rows:
             paths.setdefault(row.path, []).append(row.type)
         return "\n".join(
             [
-                *lines,
+                *aligned(cells),
                 *(f"{', '.join(dict.fromkeys(kinds))}: {path}" for path, kinds in paths.items()),
                 f"trainable parameters: {self.trainable_parameters:,} of "
                 f"{self.total_parameters:,} ({self.trainable_percentage:.4f} %)",

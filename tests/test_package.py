@@ -104,6 +104,7 @@ def test_docstring_examples(name):
 
 LAYERS = {  # who may import whom inside lora/: only what stands in an earlier row
     "_version": 0,
+    "table": 0,
     "_base": 0,
     "linear": 1,
     "embedding": 1,

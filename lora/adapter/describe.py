@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ..table import aligned
 from .contents import Layer
 from .storage import File
 
@@ -78,7 +79,6 @@ def as_text(facts: Mapping[str, Any]) -> str:
         norms = [x["norm"] for x in layers if _row(x) == (own, kind, *rest)]
         span = f"{min(norms):.3g} to {max(norms):.3g}" if count > 1 else f"{norms[0]:.3g}"
         cells.append((f"{own} ({kind})", str(count), *rest, span))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     verified = "verified" if facts["verified"] else "not verified (no digest of ours)"
     return "\n".join(
         [
@@ -86,7 +86,7 @@ def as_text(facts: Mapping[str, Any]) -> str:
             f"base: {facts['base'] or 'not said'}; task: {facts['task_type'] or 'not said'}; "
             f"trained biases: {facts['bias']}; "
             f"trained in full: {', '.join(facts['modules_to_save']) or 'none'}",
-            *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells),
+            *aligned(cells),
             f"{len(layers)} layers, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
             *(f"problem: {problem}" for problem in facts["problems"]),
         ]

@@ -27,6 +27,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..table import aligned
 from .check import (
     check_copy,
     check_dtype,
@@ -101,13 +102,11 @@ class MergeReport:
             )
             for name, error in worst
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         total = (
             f"{len(self.layers)} layers; {self.tensors:,} tensors, {self.bytes:,} bytes; "
             f"{len(self.copied_files)} other files"
         )
-        return "\n".join([*lines, total, f"frozen weights: {self.base}"])
+        return "\n".join([*aligned(cells), total, f"frozen weights: {self.base}"])
 
 
 def merge_checkpoint(
@@ -156,13 +155,13 @@ def merge_checkpoint(
 
 
 def rehearse(
-    base: str | Path, adapter: Adapter, *, progress: Progress | None = None
+    base: Checkpoint, adapter: Adapter, *, progress: Progress | None = None
 ) -> MergeReport:
     """All that `merge_checkpoint` does, but for writing: every check, and every layer's rounding.
 
     The report counts no files. Raises AdapterError where `merge_checkpoint` would.
     """
-    merge = _Merge(Checkpoint(base), adapter)
+    merge = _Merge(base, adapter)
     names = [*merge.weights, *merge.replaced]
     steps = count_up(len(names), progress)
     for name in names:

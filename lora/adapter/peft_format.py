@@ -16,14 +16,16 @@ rsLoRA lora_alpha / √R (arXiv 2312.03732). Fields and keys: PEFT 0.21, `LoraCo
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from ..state import is_bias
 from .contents import Adapter, AdapterError, Layer, check_number
 
 CONFIG_NAME = "adapter_config.json"
@@ -357,7 +359,7 @@ def _sort_others(
             saved[key] = tensor
         elif outer != name and own == "bias" and outer in adapted and mode != "none":
             biases[f"{outer}.{own}"] = tensor
-        elif "bias" in own.split("_") and outer == name and mode == "all":
+        elif is_bias(own) and outer == name and mode == "all":
             biases[key] = tensor
         elif saved_names is not None or (own == "weight" and (outer == name or outer in adapted)):
             copies[f"{outer}.{own}"] = tensor  # PEFT repeats embeddings that it did not train
@@ -371,6 +373,9 @@ def in_any(name: str, modules_to_save: Collection[str]) -> bool:
 
     It wraps whatever ends in an entry: "norm" means input_layernorm too.
     """
-    parts = name.split(".")
-    outer = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(module.endswith(tuple(modules_to_save)) for module in outer)
+    return any(outer.endswith(tuple(modules_to_save)) for outer in outer_names(name))
+
+
+def outer_names(name: str) -> Iterator[str]:
+    """The name, and before it those of the modules around it, outermost first."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..full import is_full
-from ..state import bias_mode
+from ..state import bias_mode, is_bias
 from ..switch import BIAS_MODE, adapter_names, adapters_of, with_base
 from ..targets import linear_names
 from . import fingerprint, peft_format
 from .contents import Adapter, AdapterError
 from .fit import misfit, stranger, unfit, unholdable
+from .peft_format import outer_names
 from .save import active_modules, biases_of, described, matrix, plain_name
 from .selection import selected
 from .storage import File
@@ -48,7 +49,7 @@ class Plan:
 def into_layers(model: nn.Module, file: File) -> Plan:
     """Give the values to the active layers of the model."""
     plan, adapter, modules = Plan(dict(file.problems)), file.adapter, active_modules(model)
-    paths = {plain_name(path): path for path, _ in model.named_modules()}
+    paths = _paths(model)
     layers, saved = described(modules)
     for name in sorted(layers.keys() - adapter.layers.keys() - plan.problems.keys()):
         plan.problems[name] = f"missing: the file has nothing for {name}"
@@ -61,14 +62,14 @@ def into_layers(model: nn.Module, file: File) -> Plan:
             problem = stranger(name, layers)
         if problem is not None:
             plan.problems[name] = problem
-        elif _plan_values_of(plan, model, {f"{name}.{o}": getattr(layer, o) for o in _FACTORS}):
+        elif _plan_values(plan, model, paths, {f"{name}.{o}": getattr(layer, o) for o in _FACTORS}):
             plan.loaded.append(name)
     for name in (n for n, module in modules.items() if is_full(module)):
         keys = [key for key in saved if key.startswith(f"{name}.")]
         missing = [key for key in keys if key not in adapter.saved]
         plan.problems |= {key: f"missing tensor {key}" for key in missing}
         there = {key: adapter.saved[key] for key in keys if key not in missing}
-        if not missing and _plan_values_of(plan, model, there):
+        if not missing and _plan_values(plan, model, paths, there):
             plan.loaded.append(name)
     for key in sorted(adapter.saved.keys() - saved.keys()):
         plan.problems[key] = (
@@ -104,7 +105,8 @@ def into_modules(model: nn.Module, file: File) -> Plan:
             plan.targets |= {path: name for path, m in base.items() if m is by_name[name]}
             plan.loaded.append(name)
     if not file.native:
-        _compare_selection(plan, model, file, by_name)
+        linear = {plain_name(path) for path in linear_names(model, base)}
+        _compare_selection(plan, file, by_name, linear)
     others = with_base(store).base if store is not None else {}
     new = adapter.layers.keys() | set(adapter.modules_to_save)
     for path, other in itertools.product(base, others):
@@ -128,15 +130,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if path in replaced:
             for inner, part in replaced[path].named_modules(remove_duplicate=False):
                 yield f"{path}.{inner}" if inner else path, part
-        elif path and not any(path.startswith(f"{outer}.") for outer in replaced):
+        elif path and not any(outer in replaced for outer in outer_names(path)):
             yield path, module
 
 
 def _compare_selection(
-    plan: Plan, model: nn.Module, file: File, base: Mapping[str, nn.Module]
+    plan: Plan, file: File, base: Mapping[str, nn.Module], linear: Collection[str]
 ) -> None:
     """PEFT adapts what the config selects: no more and no less may be in the file."""
-    linear = {plain_name(name) for name in linear_names(model, dict(base_modules(model)))}
     chosen = selected(file.config, base.keys(), linear)
     leaves = {name for name in chosen if not any(True for _ in base[name].children())}
     for name in sorted(leaves - file.adapter.layers.keys() - plan.problems.keys()):
@@ -184,8 +185,9 @@ def _plan_biases(plan: Plan, model: nn.Module, adapter: Adapter, expected: Colle
         return
     for key in sorted(expected - adapter.biases.keys()):
         plan.problems.setdefault(key, f"missing tensor {key}")
+    paths = _paths(model)
     for key, value in adapter.biases.items():
-        _plan_values_of(plan, model, {key: value})
+        _plan_values(plan, model, paths, {key: value})
 
 
 def _biases_meant(adapter: Adapter, base: Mapping[str, nn.Module]) -> set[str]:
@@ -193,18 +195,26 @@ def _biases_meant(adapter: Adapter, base: Mapping[str, nn.Module]) -> set[str]:
     names: dict[int, str] = {}
     for path, module in base.items():
         for own, parameter in module._parameters.items():
-            key, is_bias = f"{plain_name(path)}.{own}", "bias" in own.split("_")
+            key = f"{plain_name(path)}.{own}"
             adapted = plain_name(path) in adapter.layers and own == "bias"
             if parameter is None or key in adapter.saved:
                 continue
-            if (adapter.bias == "all" and is_bias) or (adapter.bias == "lora_only" and adapted):
+            if (adapter.bias == "all" and is_bias(own)) or (
+                adapter.bias == "lora_only" and adapted
+            ):
                 names.setdefault(id(parameter), key)
     return set(names.values())
 
 
-def _plan_values_of(plan: Plan, model: nn.Module, values: Mapping[str, Tensor]) -> bool:
+def _paths(model: nn.Module) -> dict[str, str]:
+    """Plain name to path of every module."""
+    return {plain_name(path): path for path, _ in model.named_modules()}
+
+
+def _plan_values(
+    plan: Plan, model: nn.Module, paths: Mapping[str, str], values: Mapping[str, Tensor]
+) -> bool:
     """Plan these values, by name in the state dict: all of them, or none if one has no place."""
-    paths = {plain_name(path): path for path, _ in model.named_modules()}
     steps, problems = [], {}
     for key, value in values.items():
         name, _, own = key.rpartition(".")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..targets import is_suffix
+
 
 def selected(
     config: Mapping[str, Any], names: Collection[str], linear: Collection[str]
@@ -16,7 +18,7 @@ def selected(
     if isinstance(excluded, str):
         chosen -= {name for name in chosen if re.fullmatch(excluded, name)}
     elif excluded:
-        chosen -= {name for name in chosen if _is_suffix(name, excluded)}
+        chosen -= {name for name in chosen if _ends_in_any(name, excluded)}
     modules = config.get("modules_to_save") or ()
     inside = re.compile("|".join(rf"(?:.*\.)?{module}(?:$|\.)" for module in modules) or "(?!)")
     return {name for name in chosen if not inside.match(name)}
@@ -30,7 +32,7 @@ def _by_targets(
         if targets.lower() == "all-linear":
             return set(linear)
         return {name for name in names if re.fullmatch(targets, name)}
-    chosen = {name for name in names if _is_suffix(name, targets)}
+    chosen = {name for name in names if _ends_in_any(name, targets)}
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return chosen
@@ -42,8 +44,8 @@ def _by_targets(
     }
 
 
-def _is_suffix(name: str, targets: Collection[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _ends_in_any(name: str, targets: Collection[str]) -> bool:
+    return any(is_suffix(target, name) for target in targets)
 
 
 def _layer_number(name: str, patterns: str | Collection[str] | None) -> int | None:
