@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.ops import autocast_off
+from .variants import Variant, checked
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     _Module = nn.Module
 else:
@@ -31,7 +32,7 @@ class _Merged(NamedTuple):
     weight: Tensor
     base: Tensor  # an alias of the frozen weight: while it lives, no other tensor has its address
     versions: tuple[object, ...]
-    factors: tuple[Tensor, Tensor]
+    factors: tuple[Tensor, ...]
 
 
 class LoRALayer(_Module):
@@ -50,7 +51,9 @@ class LoRALayer(_Module):
     In a subclass of your own call the torch module's `__init__` before this class's.
 
     Attributes:
-        r, lora_alpha, scaling: rank, alpha, and lora_alpha / r (LoRA, arXiv 2106.09685, section 4.1).
+        r, lora_alpha, scaling: rank, alpha, and lora_alpha / r (LoRA, arXiv 2106.09685, section 4.1),
+            or lora_alpha / √r with use_rslora.
+        variant: the options of `lora.variants` that the layer was made with.
         lora_dropout: an `nn.Dropout` that says p and whether it acts; `forward` reads it.
         merge_weights: whether eval merges. May be changed at any time.
         merged: whether the second tensor exists.
@@ -62,6 +65,7 @@ class LoRALayer(_Module):
         "r",
         "lora_alpha",
         "scaling",
+        "variant",
         "merge_weights",
         "merged",
         "disabled",
@@ -75,7 +79,17 @@ class LoRALayer(_Module):
     lora_B: Tensor
     scaling: float
 
-    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+    variant: Variant = Variant()  # of layers that were pickled before there were any
+    _VARIANTS: tuple[str, ...] = ("use_rslora",)  # those that the class has
+
+    def __init__(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        merge_weights: bool,
+        **variant: Unpack[Variant],
+    ) -> None:
         kind = type(self).__name__
         if isinstance(r, bool) or not hasattr(r, "__index__") or r < 0:
             raise ValueError(f"{kind}: r={r!r}: expected a whole number, 0 (no LoRA) or more")
@@ -83,10 +97,11 @@ class LoRALayer(_Module):
             raise ValueError(f"{kind}: lora_alpha={lora_alpha!r}: expected a finite number")
         if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
             raise ValueError(f"{kind}: lora_dropout={lora_dropout!r}: expected a number in [0, 1)")
+        self.variant = checked(kind, variant, self._VARIANTS)
         self.r = operator.index(r)
         self.lora_alpha = lora_alpha
         if r > 0:
-            self.scaling = lora_alpha / r
+            self.scaling = lora_alpha / (math.sqrt(r) if variant.get("use_rslora") else r)
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         self.merge_weights = merge_weights
         self.merged = False
@@ -98,11 +113,30 @@ class LoRALayer(_Module):
         """The dense update without its scale, in weight's shape; the one method a layer must give."""
         raise NotImplementedError(f"{type(self).__name__} does not define _delta()")
 
+    def update_parameters(self) -> dict[str, nn.Parameter]:
+        """What the update is made of, frozen or not, by own name; nothing with r = 0."""
+        named = self._parameters.items() if self.r > 0 else ()
+        return {own: p for own, p in named if p is not None and own.startswith("lora_")}
+
+    def is_frozen(self, own: str) -> bool:
+        """Whether the update's parameter of this name is never trained."""
+        return False
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the whole update: lora_A and lora_B, if there is nothing else to it."""
+        return self.lora_A, self.lora_B
+
+    def total_bias(self) -> Tensor | None:
+        """The layer's bias, and that of its update if there is one."""
+        bias: Tensor | None = self._parameters.get("bias")
+        return bias
+
     def delta_weight(self) -> Tensor:
         """The dense update, scaling included, in weight's shape and at least fp32; a new tensor."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with autocast_off(self.weight.device):
-            return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
+            A, B = self.factors()
+            return self._delta(A.to(dtype), B.to(dtype)) * self.scaling
 
     def merged_weight(self) -> Tensor:
         """weight + update in weight's shape and dtype, rounded once; a new tensor, detached."""
@@ -124,13 +158,18 @@ class LoRALayer(_Module):
         raise NotImplementedError(f"{type(self).__name__} does not define _factor_shapes()")
 
     def _add_factors(self, dtype: torch.dtype | None = None) -> None:
-        """Register lora_A and lora_B (zeros, on weight's device) and freeze weight."""
+        """Register the update's parameters (zeros, on weight's device) and freeze weight."""
         if self.r == 0:
             return
-        shape_A, shape_B = self._factor_shapes()
-        self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A, dtype=dtype))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(shape_B, dtype=dtype))
+        for own, shape in self._update_shapes().items():
+            zeros = self.weight.new_zeros(shape, dtype=dtype)
+            setattr(self, own, nn.Parameter(zeros, not self.is_frozen(own)))
         self.weight.requires_grad = False
+
+    def _update_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the update's parameters, by own name."""
+        shape_A, shape_B = self._factor_shapes()
+        return {"lora_A": shape_A, "lora_B": shape_B}
 
     def _reset_factors(self) -> None:
         """A as nn.Linear draws its weight, B zero (LoRA, section 4.1: the update begins at zero)."""
@@ -176,12 +215,15 @@ class LoRALayer(_Module):
         plain: nn.Module = plain_type.__new__(plain_type)
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._OWN})
         plain.__dict__["_parameters"] = {
-            k: p for k, p in self._parameters.items() if k not in ("lora_A", "lora_B")
+            k: p for k, p in self._parameters.items() if not k.startswith("lora_")
         }
         plain.__dict__["_buffers"] = self._buffers.copy()
         plain.__dict__["_modules"] = {k: m for k, m in self._modules.items() if k != "lora_dropout"}
         if merge and self.r > 0:
-            plain.weight = nn.Parameter(self.merged_weight(), self.weight.requires_grad)
+            trains = self.weight.requires_grad
+            plain.weight = nn.Parameter(self.merged_weight(), trains)
+            if "lora_bias" in self.variant and (bias := self.total_bias()) is not None:
+                plain.bias = nn.Parameter(bias.detach(), trains)
         return plain
 
     @classmethod
@@ -194,7 +236,7 @@ class LoRALayer(_Module):
         """The merged weight if this forward may use it, made anew if it is missing or stale."""
         if self.training or not self.merge_weights or torch.compiler.is_compiling():
             return None
-        sources = (self.weight, self.lora_A, self.lora_B)
+        sources = (self.weight, *self.update_parameters().values())
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
             self._look_closer = True
             if self.weight.requires_grad:
@@ -208,7 +250,7 @@ class LoRALayer(_Module):
         None if a tensor is no plain Parameter with values and a count of its changes: on the meta
         device, fake, born in inference mode, or put in by `torch.func.functional_call`.
         """
-        sources = (self.weight, self.lora_A, self.lora_B)
+        sources = (self.weight, *self.update_parameters().values())
         if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in sources):
             return None
         versions = (self.scaling, *((id(t), t.data_ptr(), t._version) for t in sources))
@@ -219,7 +261,7 @@ class LoRALayer(_Module):
                 self._look_closer = False
                 return kept.weight
         with torch.inference_mode(False), torch.no_grad():
-            factors = (self.lora_A.clone(), self.lora_B.clone())
+            factors = tuple(factor.clone() for factor in sources[1:])
         self._merged = _Merged(self.merged_weight(), self.weight.detach(), versions, factors)
         self.merged, self._look_closer = True, False
         return self._merged.weight
@@ -255,7 +297,7 @@ class LoRALayer(_Module):
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
             f"scaling={self.scaling:g}, lora_dropout={getattr(self.lora_dropout, 'p', 0.0)}, "
             f"merged={self.merged}"
-        )
+        ) + "".join(f", {name}={value}" for name, value in self.variant.items())
 
 
 def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, LoRALayer]]:

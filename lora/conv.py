@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from ._base import LoRALayer
 from .kernels.ops import autocast_dtype
+from .variants import Variant, taken_from
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     _Base = nn.modules.conv._ConvNd
 else:
@@ -34,7 +35,8 @@ class _Conv(LoRALayer, _Base):
     Unlike in loralib, lora_dropout acts. Without dropout the layer is one convolution with W + ΔW;
     with it, or in half precision, where W + ΔW would round small updates away, it is two.
     merge_weights=True keeps a second tensor as large as the weight in eval mode (see `LoRALayer`).
-    State dicts of loralib 0.1.2 (`conv.weight`, `conv.bias`) load.
+    Of the options in `lora.variants` it has use_rslora. State dicts of loralib 0.1.2 (`conv.weight`,
+    `conv.bias`) load.
     """
 
     _plain: ClassVar[type[nn.modules.conv._ConvNd]]
@@ -50,8 +52,9 @@ class _Conv(LoRALayer, _Base):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        variant = taken_from(kwargs)
         self._plain.__init__(self, in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
-        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights, **variant)
         self._add_factors()
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
 
@@ -65,10 +68,11 @@ class _Conv(LoRALayer, _Base):
         merge_weights: bool = False,
         *,
         lora_dtype: torch.dtype | None = None,
+        **variant: Unpack[Variant],
     ) -> Self:
         """Wrap a pretrained convolution, keeping its very Parameters (see `Linear.from_module`)."""
         new = cls._adopt(layer, (cls._plain,))
-        LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights)
+        LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights, **variant)
         new._add_factors(lora_dtype)
         if r > 0:
             new._reset_factors()

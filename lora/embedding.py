@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._base import LoRALayer
+from .variants import Variant, taken_from
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 
 class Embedding(LoRALayer, nn.Embedding):
@@ -22,6 +23,7 @@ class Embedding(LoRALayer, nn.Embedding):
     weight W (num, dim), frozen; lora_A (r, num), zero; lora_B (dim, r), normal(0, 1): it is A that
     begins at zero here (microsoft/LoRA issues 14 and 76). x holds indices; y has weight's dtype.
     merge_weights=True keeps a second tensor as large as the table in eval mode (see `LoRALayer`).
+    Of the options in `lora.variants` it has use_rslora.
 
     Raises ValueError for r > 0 with sparse=True (A has no sparse gradient) or with max_norm (it
     writes to the table in forward).
@@ -40,8 +42,9 @@ class Embedding(LoRALayer, nn.Embedding):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        variant = taken_from(kwargs)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
-        LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
+        LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights, **variant)
         self._check_options()
         self._add_factors()
         if kwargs.get("_weight") is None:
@@ -58,10 +61,11 @@ class Embedding(LoRALayer, nn.Embedding):
         merge_weights: bool = False,
         *,
         lora_dtype: torch.dtype | None = None,
+        **variant: Unpack[Variant],
     ) -> Self:
         """Wrap a pretrained `nn.Embedding`, keeping its very Parameter (see `Linear.from_module`)."""
         new = cls._adopt(layer, (nn.Embedding,))
-        LoRALayer.__init__(new, r, lora_alpha, 0.0, merge_weights)
+        LoRALayer.__init__(new, r, lora_alpha, 0.0, merge_weights, **variant)
         new._check_options()
         new._add_factors(lora_dtype)
         if r > 0:

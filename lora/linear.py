@@ -1,4 +1,4 @@
-"""Linear: y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ."""
+"""Linear: y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, and its variants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from ._base import LoRALayer
 from .kernels import lora_linear
+from .kernels.ops import autocast_off
+from .variants import NAMES, principal_factors, row_norms, taken_from
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +35,19 @@ class Linear(LoRALayer, nn.Linear):
     trainable layer.
     merge_weights=True keeps a second tensor as large as the weight in eval mode (see `LoRALayer`).
 
-    Raises ValueError for r, lora_alpha or lora_dropout out of range.
+    Further keywords: those of `nn.Linear` (bias, device, dtype), and the variants (`lora.variants`
+    has their formulas and papers):
+        use_rslora=True: scaling = lora_alpha / √r.
+        use_dora=True: y = lora_magnitude / ‖W + scaling · B A‖ ∘ (x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ)
+            + bias, with lora_magnitude (out,), ‖W‖ at first, and the norms of rows, which have no
+            gradient. It reads W once more a forward, and keeps y for backward.
+        init_lora_weights="pissa" or "pissa_niter_N": B A - lora_B0 lora_A0 in the place of B A; both
+            pairs begin as W's principal part; lora_A0 and lora_B0 stay. Twice the rank's cost.
+        use_lorafa=True: lora_A is never trained; S alone is kept for backward, not x.
+        lora_bias=True: bias + scaling · lora_bias in the place of bias; lora_bias (out,), zero.
+
+    Raises ValueError for r, lora_alpha or lora_dropout out of range, for unknown values of a variant,
+    for lora_bias with use_dora, and for PiSSA with more ranks than the weight has.
 
     >>> layer = Linear(768, 768, r=16, lora_alpha=32, lora_dropout=0.05)
     >>> layer(torch.randn(2, 10, 768)).shape
@@ -41,6 +55,11 @@ class Linear(LoRALayer, nn.Linear):
     """
 
     _OWN = (*LoRALayer._OWN, "fan_in_fan_out")
+    _VARIANTS = NAMES
+    lora_A0: Tensor
+    lora_B0: Tensor
+    lora_magnitude: Tensor
+    lora_bias: Tensor
     fan_in_fan_out = False
     out_splits: tuple[int, ...] | None = None  # one part, see MergedLinear
     enable_lora: Sequence[bool] | None = None
@@ -56,8 +75,9 @@ class Linear(LoRALayer, nn.Linear):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        variant = taken_from(kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights, **variant)
         self._add_factors()
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
         if fan_in_fan_out:
@@ -80,12 +100,13 @@ class Linear(LoRALayer, nn.Linear):
 
         Device, mode and hooks stay; the factors are on weight's device, in lora_dtype or else in
         weight's dtype; the output is unchanged to the bit until B is trained (on a GPU: see README,
-        Limits). `layer` itself is left alone, but its weight is frozen. Raises TypeError for any
-        other type.
+        Limits; with PiSSA: up to rounding). `layer` itself is left alone, but its weight is frozen.
+        options: the variants of the constructor. Raises TypeError for any other type of layer.
         """
         plain_types = (type(layer),) if is_transformers_conv1d(layer) else (nn.Linear,)
         new = cls._adopt(layer, plain_types)
-        LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights)
+        variant = taken_from(options)
+        LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights, **variant)
         if is_transformers_conv1d(layer):
             new.in_features, new.out_features = layer.weight.shape  # type: ignore[misc]
             new.fan_in_fan_out = True
@@ -98,8 +119,27 @@ class Linear(LoRALayer, nn.Linear):
     def _set_parts(self) -> None:
         """Check and set what MergedLinear adds; a Linear has no such options."""
 
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """(first row, last row + 1) of every part of the output that has an update."""
+        return ((0, self.out_features),)
+
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (self.r, self.in_features), (self.out_features, self.r)
+
+    def _update_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super()._update_shapes()
+        shape_A, shape_B = shapes["lora_A"], shapes["lora_B"]
+        if "init_lora_weights" in self.variant:
+            shapes |= {"lora_A0": shape_A, "lora_B0": shape_B}
+        if "use_dora" in self.variant:
+            shapes["lora_magnitude"] = shape_B[:1]
+        if "lora_bias" in self.variant:
+            shapes["lora_bias"] = shape_B[:1]
+        return shapes
+
+    def is_frozen(self, own: str) -> bool:
+        return own in ("lora_A0", "lora_B0") or (own == "lora_A" and "use_lorafa" in self.variant)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """weight or update as (out, in)."""
@@ -116,6 +156,64 @@ class Linear(LoRALayer, nn.Linear):
         if "lora_A" in self._parameters:
             self._reset_factors()
 
+    def _reset_factors(self) -> None:
+        super()._reset_factors()
+        self._derive_from_weight()
+
+    @torch.no_grad()
+    def _derive_from_weight(self) -> None:
+        """Set what begins as a function of the frozen weight: PiSSA's factors, DoRA's magnitude."""
+        if "init_lora_weights" in self.variant:
+            init, weight = str(self.variant["init_lora_weights"]), self._matrix(self.weight)
+            pairs = [
+                principal_factors(weight[start:stop], self.r, self.scaling, init)
+                for start, stop in self.rows
+            ]
+            A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+            for own, value in {"lora_A": A, "lora_A0": A, "lora_B": B, "lora_B0": B}.items():
+                getattr(self, own).copy_(value)
+        if "use_dora" in self.variant:
+            self.lora_magnitude.copy_(self._row_norms())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the whole update: with PiSSA [A_j; A₀_j] and [B, -B₀], of rank 2 r."""
+        if "init_lora_weights" not in self.variant:
+            return self.lora_A, self.lora_B
+        A, A0 = (torch.unflatten(factor, 0, (-1, self.r)) for factor in (self.lora_A, self.lora_A0))
+        return torch.cat([A, A0], 1).flatten(0, 1), torch.cat([self.lora_B, -self.lora_B0], 1)
+
+    def _row_norms(self) -> Tensor:
+        """‖W + scaling · B A‖ of the rows that have an update."""
+        with autocast_off(self.weight.device):
+            weight = self._matrix(self.weight)
+            return row_norms(weight, *self.factors(), self.scaling, self.rows)
+
+    def _row_scale(self) -> Tensor:
+        """DoRA's factor of every row of the output: lora_magnitude / ‖W + scaling · B A‖ (out,)."""
+        norms = self._row_norms()
+        tiny = torch.finfo(norms.dtype).tiny  # a row of zeros stays one
+        return self.all_rows(self.lora_magnitude.to(norms.dtype) / norms.clamp(min=tiny), 1.0)
+
+    def all_rows(self, values: Tensor, fill: float) -> Tensor:
+        """`values` in the rows that have an update, `fill` in the others (out,)."""
+        return values
+
+    def total_bias(self) -> Tensor | None:
+        """bias, and with lora_bias the update's, scaling included; in bias's or weight's dtype."""
+        if "lora_bias" not in self.variant or self.r == 0:
+            return self.bias
+        update = self.all_rows(self.lora_bias * self.scaling, 0.0)
+        if self.bias is None:
+            return update.to(self.weight.dtype)
+        return (self.bias + update).to(self.bias.dtype)
+
+    def delta_weight(self) -> Tensor:
+        delta = super().delta_weight()
+        if "use_dora" not in self.variant:
+            return delta
+        weight = self.weight.to(delta.dtype)
+        return (weight + delta) * self._matrix(self._row_scale()[:, None]) - weight
+
     def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return self._matrix(lora_B @ lora_A)
 
@@ -129,18 +227,41 @@ class Linear(LoRALayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.r == 0 or self.disabled:
             return F.linear(x, self._matrix(self.weight), self.bias)
-        merged = self._weight_to_use()
+        merged, bias = self._weight_to_use(), self.total_bias()
         if merged is not None:
-            return F.linear(x, self._matrix(merged), self.bias)
+            return F.linear(x, self._matrix(merged), bias)
         y: Tensor = lora_linear(
             x,
             self._matrix(self.weight),
-            self.bias,
-            self.lora_A,
-            self.lora_B,
+            bias,
+            *self.factors(),
             self.scaling,
             splits=self.out_splits,
             enabled=self.enable_lora,
             dropout_p=self._dropout_p,
         )
-        return y
+        if "use_dora" not in self.variant:
+            return y
+        product = y if bias is None else y - bias.to(y.dtype)
+        return torch.addcmul(
+            y, product, (self._row_scale() - 1).to(y.dtype)
+        )  # 0 at first: y itself
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load; of an update that is untrained and not in the state, derive what depends on weight."""
+        own = [name for name in self.update_parameters() if prefix + name in state_dict]
+        derive = f"{prefix}weight" in state_dict and not own and self._is_underived()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if derive and not self.weight.is_meta:
+            self._derive_from_weight()
+
+    def _is_underived(self) -> bool:
+        """Whether the update depends on the weight that it began with, and is as it began."""
+        if not {"init_lora_weights", "use_dora"} & self.variant.keys() or self.lora_B.is_meta:
+            return False
+        if "init_lora_weights" in self.variant:
+            pairs = (self.lora_A, self.lora_A0), (self.lora_B, self.lora_B0)
+            return all(torch.equal(*pair) for pair in pairs)
+        return not self.lora_B.any()

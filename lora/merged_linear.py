@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .kernels.reference import part_rows
 from .linear import Linear
+from .variants import Variant
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 
 class MergedLinear(Linear):
@@ -23,7 +24,9 @@ class MergedLinear(Linear):
     weight (out, in), frozen; with n enabled parts, lora_A (r·n, in) and lora_B (rows of the enabled
     parts, r), both stacked part by part; r is the rank of each part; scaling = lora_alpha / r. The
     parts are `out_splits` rows each, of equal size if it is None. The parts share one dropout mask.
-    The dense update is formed for merging alone, never in an unmerged forward or backward.
+    The dense update is formed for merging alone, never in an unmerged forward or backward. The
+    variants are those of `Linear`, each part by itself; lora_magnitude and lora_bias have the rows of
+    the enabled parts.
 
     Raises ValueError if r > 0 and enable_lora enables nothing (as its default, kept from loralib,
     does), and if mask and parts do not fit out_features.
@@ -76,11 +79,19 @@ class MergedLinear(Linear):
         enable_lora: Sequence[bool] = (False,),
         out_splits: Sequence[int] | None = None,
         lora_dtype: torch.dtype | None = None,
+        **variant: Unpack[Variant],
     ) -> Self:
         """Wrap a pretrained linear layer as `Linear.from_module` does, with parts."""
-        parts = {"enable_lora": enable_lora, "out_splits": out_splits}
         return super().from_module(
-            layer, r, lora_alpha, lora_dropout, merge_weights, lora_dtype=lora_dtype, **parts
+            layer,
+            r,
+            lora_alpha,
+            lora_dropout,
+            merge_weights,
+            lora_dtype=lora_dtype,
+            enable_lora=enable_lora,
+            out_splits=out_splits,
+            **variant,
         )
 
     def _set_parts(
@@ -89,16 +100,28 @@ class MergedLinear(Linear):
         parts = _checked_parts(self.out_features, self.r, enable_lora, out_splits)
         self.enable_lora, self.out_splits = parts
 
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        rows: tuple[tuple[int, int], ...] = part_rows(self.out_splits, self.enable_lora)
+        return rows
+
+    def all_rows(self, values: Tensor, fill: float) -> Tensor:
+        if all(self.enable_lora):
+            return values
+        parts, updated = [], iter(torch.split(values, [stop - start for start, stop in self.rows]))
+        for size, enabled in zip(self.out_splits, self.enable_lora, strict=True):
+            parts.append(next(updated) if enabled else values.new_full((size,), fill))
+        return torch.cat(parts)
+
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        rows = sum(stop - start for start, stop in part_rows(self.out_splits, self.enable_lora))
+        rows = sum(stop - start for start, stop in self.rows)
         return (self.r * sum(self.enable_lora), self.in_features), (rows, self.r)
 
     def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         delta = lora_A.new_zeros((self.out_features, self.in_features))
-        rows = part_rows(self.out_splits, self.enable_lora)
-        factors_A = torch.split(lora_A, self.r)
-        factors_B = torch.split(lora_B, [stop - start for start, stop in rows])
-        for (start, stop), A, B in zip(rows, factors_A, factors_B, strict=True):
+        factors_A = torch.split(lora_A, lora_B.shape[1])
+        factors_B = torch.split(lora_B, [stop - start for start, stop in self.rows])
+        for (start, stop), A, B in zip(self.rows, factors_A, factors_B, strict=True):
             delta[start:stop] = B @ A
         return self._matrix(delta)
 

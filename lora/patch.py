@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,9 +17,13 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .full import full_modules, original, settle, trainable_copy
 from .linear import Linear, is_transformers_conv1d
-from .state import mark_only_lora_as_trainable, tied_updates
+from .state import mark_only_lora_as_trainable, merged_bias, tied_updates
 from .switch import forget_adapters
 from .targets import by_pattern, find_modules_to_save, find_targets
+from .variants import Variant, checked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
@@ -45,6 +49,7 @@ def patch(
     alpha_pattern: Mapping[str, float] | None = None,
     merge_weights: bool = False,
     lora_dtype: torch.dtype | None = None,
+    **variant: Unpack[Variant],
 ) -> _Model:
     """Replace the target modules by LoRA layers on the same Parameters and freeze everything else.
 
@@ -65,6 +70,8 @@ def patch(
             the first that matches counts.
         merge_weights: whether eval merges, at the cost of a second copy of the adapted weights.
         lora_dtype: of the factors; None is weight's dtype, but fp32 on a bf16 or fp16 base.
+        variant: use_rslora, use_dora, lora_bias, use_lorafa (False), init_lora_weights (True, or
+            "pissa", "pissa_niter_N"), see `lora.variants`; all but use_rslora for linear layers alone.
 
     Raises:
         ValueError, TypeError: an option out of range, a target or pattern that matches nothing, a
@@ -72,6 +79,7 @@ def patch(
             called, PEFT's, adapted already). The model is then as it was.
     """
     check_patchable(model)
+    checked("patch", variant)
     targets = find_targets(model, target_modules, layers_to_transform)
     full = find_modules_to_save(model, modules_to_save)
 
@@ -93,6 +101,7 @@ def patch(
         alpha_pattern=alpha_pattern,
         merge_weights=merge_weights,
         lora_dtype=lora_dtype,
+        variant=variant,
     )
     return model
 
@@ -141,11 +150,13 @@ def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
 def _check_mergeable(model: nn.Module) -> None:
     for path, layer in lora_layers(model):
         name = path or type(layer).__name__
-        for factor in (layer.lora_A, layer.lora_B) if layer.r > 0 else ():
+        for factor in layer.update_parameters().values():
             if factor.is_meta:
                 raise ValueError(f"{name} is on the meta device: there is nothing to merge yet")
             if not torch.isfinite(factor).all():
                 raise ValueError(f"{name}: a LoRA factor has a NaN or infinite value; not merged")
+        if "lora_bias" in layer.variant and path:
+            merged_bias(name, layer)
     for name, other in tied_updates(model):
         raise ValueError(
             f"{name}.weight is tied to {other}: merging would change or untie that one; untie it "
@@ -195,6 +206,7 @@ def replace(
     alpha_pattern: Mapping[str, float] | None,
     merge_weights: bool,
     lora_dtype: torch.dtype | None,
+    variant: Variant,
 ) -> None:
     """Adapt `targets`, each with its options, let `full` train in full; or leave all as it was."""
     targets = {
@@ -218,6 +230,7 @@ def replace(
             "lora_dropout": lora_dropout,
             "merge_weights": merge_weights,
             "lora_dtype": lora_dtype or _factor_dtype(module),
+            **variant,
         }
         return build(name, module, options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,10 @@ from .linear import Linear
 from .merged_linear import MergedLinear
 from .patch import check_patchable, replace
 from .targets import find_modules_to_save, find_targets
+from .variants import Variant, checked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -44,6 +48,7 @@ def patch_phi3(
     alpha_pattern: Mapping[str, float] | None = None,
     merge_weights: bool = False,
     lora_dtype: torch.dtype | None = None,
+    **variant: Unpack[Variant],
 ) -> _Model:
     """Adapt the projections of a Phi-3 model in place, freeze the rest, and return the model.
 
@@ -59,7 +64,7 @@ def patch_phi3(
         task_type: of a published `peft_config`, so that it can be passed whole; "CAUSAL_LM" or None.
         modules_to_save: modules that train in full, such as ["lm_head", "embed_tokens"] after new
             chat tokens were added.
-        The rest as in `lora.patch`.
+        The rest, and the variants (use_dora, init_lora_weights="pissa", ...), as in `lora.patch`.
 
     Raises:
         ValueError, TypeError: a model that is no Phi-3, targets that match nothing, and what
@@ -69,6 +74,7 @@ def patch_phi3(
     >>> patch_phi3(model, r=16, lora_alpha=32, target_modules="all-linear")  # doctest: +SKIP
     """
     check_patchable(model)
+    checked("patch_phi3", variant)
     layers = _decoder_layers(model)
     if task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
@@ -119,6 +125,7 @@ def patch_phi3(
         alpha_pattern=alpha_pattern,
         merge_weights=merge_weights,
         lora_dtype=lora_dtype,
+        variant=variant,
     )
     return model
 

@@ -22,11 +22,18 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     bias: "none"; "all", every parameter of the model that is a bias (`bias`, or a name such as
     `in_proj_bias`); "lora_only", the biases of the LoRA layers with r > 0. Parameters are told by
     the type of their module and their own name, so `lora_head.weight` of some other module is
-    frozen. A factor that is frozen already becomes trainable. Raises ValueError for another `bias`,
+    frozen. A factor that is frozen already becomes trainable, unless it is frozen in its variant
+    (LoRA-FA's A, PiSSA's first factors). Raises ValueError for another `bias`,
     and for biases on a model with several adapters, which share them; warns if the model has no LoRA
     layer, since then nothing but biases would train.
     """
     chosen = {id(p) for p in adapter_parameters(model, bias)}
+    chosen -= {
+        id(p)
+        for _, layer in lora_layers(model)
+        for own, p in layer.update_parameters().items()
+        if layer.is_frozen(own)
+    }
     if bias != "none" and len(adapter_names(model)) > 1:
         raise ValueError(f"bias={bias!r}: the model's adapters share its biases; expected 'none'")
     if not any(layer.r > 0 for _, layer in lora_layers(model)):
@@ -57,6 +64,8 @@ def bias_mode(model: nn.Module) -> str:
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The entries of `model.state_dict()` that `mark_only_lora_as_trainable` with this `bias` trains.
 
+    And the factors that are frozen in their variant, without which the others mean nothing.
+
     Load it with `model.load_state_dict(..., strict=False)` after the pretrained weights. Of a model
     that `torch.compile` returned, the keys are those of the model inside. Raises ValueError for a
     `bias` other than "none", "all" and "lora_only".
@@ -71,19 +80,22 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Computed in at least fp32 and rounded once to the weight's dtype; `model` is not changed. This is
     what loralib users had from `model.eval(); torch.save(model.state_dict())`. Warns if a weight
     with an update is tied to another module: then the two entries differ, and only a model with
-    untied weights can hold them.
+    untied weights can hold them. Raises ValueError for an update with a bias (`lora_bias`) on a layer
+    without one.
     """
     state = _state(model)
     # The entry of a weight comes beside that of its lora_A, whatever wrappers did to the names.
     keys: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}
     for key, tensor in state.items():
         keys[id(tensor)].append(key)
-    for _, layer in lora_layers(model):
+    for name, layer in lora_layers(model):
         if layer.r > 0:
-            merged = layer.merged_weight()
-            for key in keys[id(layer.lora_A)]:
-                state[f"{key.removesuffix('lora_A')}weight"] = merged
-    factors = {id(p) for _, layer in lora_layers(model) for p in _factors(layer)}
+            merged, prefixes = {"weight": layer.merged_weight()}, keys[id(layer.lora_A)]
+            if "lora_bias" in layer.variant:
+                merged["bias"] = merged_bias(name, layer)
+            for prefix in (key.removesuffix("lora_A") for key in prefixes):
+                state |= {f"{prefix}{own}": tensor for own, tensor in merged.items()}
+    factors = {id(p) for _, layer in lora_layers(model) for p in layer.update_parameters().values()}
     for name, other in tied_updates(model):
         warnings.warn(
             f"{name}.weight has an update and is tied to {other}: the merged entries differ, load "
@@ -91,6 +103,18 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             stacklevel=2,
         )
     return {key: tensor.detach() for key, tensor in state.items() if id(tensor) not in factors}
+
+
+def merged_bias(name: str, layer: LoRALayer) -> Tensor:
+    """The bias with the update's added; ValueError if the plain layer has none to hold it."""
+    bias = layer.total_bias()
+    if layer.bias is None or bias is None:
+        raise ValueError(
+            f"{name or type(layer).__name__}: its update has a bias, the layer has none to merge it "
+            "into, and the model's class would not load one: use the model unmerged, or give the "
+            "layer a bias of zeros (and the class that is to load it)"
+        )
+    return bias.detach()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -133,8 +157,3 @@ def adapter_parameters(model: nn.Module, bias: str) -> Iterator[Tensor]:
                 or (bias == "all" and is_bias(own))
             ):
                 yield parameter
-
-
-def _factors(layer: LoRALayer) -> list[Tensor]:
-    named = layer._parameters.items()
-    return [p for own, p in named if p is not None and own.startswith("lora_") and layer.r > 0]

@@ -204,6 +204,6 @@ def _take_over(current: nn.Module, module: nn.Module) -> None:
             if name in module._parameters and not name.startswith("lora_"):
                 module._parameters[name] = parameter
     if isinstance(module, LoRALayer) and module.r > 0 and not module.weight.is_meta:
-        for factor in (module.lora_A, module.lora_B):
+        for factor in module.update_parameters().values():
             if factor.device != module.weight.device and not factor.is_meta:
                 factor.data = factor.data.to(module.weight.device)
