@@ -16,6 +16,7 @@ from .embedding import Embedding
 from .linear import Linear
 from .merged_linear import MergedLinear
 from .modes import disabled, merged
+from .optim import parameter_groups
 from .patch import patch, unpatch
 from .phi3 import patch_phi3
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
@@ -41,6 +42,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merged",
     "merged_state_dict",
+    "parameter_groups",
     "patch",
     "patch_phi3",
     "save_adapter",

@@ -1,0 +1,87 @@
+"""parameter_groups: for an optimizer, the factors B at a higher learning rate than the rest (LoRA+)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._base import lora_layers
+from .embedding import Embedding
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = 16.0,
+    *,
+    weight_decay: float = 0.0,
+    embedding_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of what trains in `model`, to construct any optimizer of torch.optim with.
+
+    LoRA+ (arXiv 2402.12354, sections 4 and 5.3): B learns at lr_ratio · lr, A at lr. As in its
+    authors' code, trained vectors (biases, DoRA's magnitudes) go with B, here without weight decay;
+    modules that train in full go with A; the factors of embeddings have a rate of their own.
+
+    Args:
+        lr: learning rate of A, a positive number.
+        lr_ratio: of B's rate to A's, positive; the paper advises about 16, with a smaller lr than
+            LoRA's where the task is hard.
+        weight_decay: of all but vectors.
+        embedding_lr: of embeddings' factors; None is lr (the authors' code takes 1e-6).
+
+    Returns:
+        groups with the keys "params", "lr" and "weight_decay"; empty ones are left out.
+
+    Raises ValueError for a number out of range, and for a model of which nothing trains.
+
+    >>> groups = parameter_groups(Linear(4, 4, r=2), lr=1e-4, lr_ratio=16)
+    >>> optimizer = torch.optim.AdamW(groups)
+    """
+    rates = {
+        "lr": lr,
+        "lr_ratio": lr_ratio,
+        "embedding_lr": lr if embedding_lr is None else embedding_lr,
+    }
+    for name, value in rates.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
+            raise ValueError(f"{name}={value!r}: expected a positive number")
+    if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay!r}: expected a number, 0 or more")
+    rate_of = {
+        "rest": lr,
+        "embedding": rates["embedding_lr"],
+        "B": lr * lr_ratio,
+        "vector": lr * lr_ratio,
+    }
+    role = {
+        id(parameter): "embedding" if isinstance(layer, Embedding) else own.removeprefix("lora_")
+        for _, layer in lora_layers(model)
+        for own, parameter in layer.update_parameters().items()
+    }
+    groups: dict[str, list[Tensor]] = {name: [] for name in rate_of}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            name = role.get(id(parameter), "rest")
+            name = "vector" if parameter.ndim <= 1 else name
+            groups[name if name in groups else "rest"].append(parameter)
+    if not any(groups.values()):
+        raise ValueError(
+            f"nothing of this {type(model).__name__} trains: expected a model with LoRA layers; call "
+            "lora.patch or lora.mark_only_lora_as_trainable first"
+        )
+    return [
+        {
+            "params": parameters,
+            "lr": rate_of[name],
+            "weight_decay": 0.0 if name == "vector" else weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
