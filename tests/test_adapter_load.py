@@ -53,8 +53,7 @@ def save_quietly(model, folder):
 
 
 REFUSED_FEATURES = {
-    "use_dora": {"target_modules": FOUR, "use_dora": True},
-    "lora_bias": {"target_modules": FOUR, "lora_bias": True},
+    "use_qalora": {"target_modules": FOUR, "use_qalora": True},
     "target_parameters": {"target_parameters": ["down_proj.weight"], "target_modules": ["o_proj"]},
     "trainable_token_indices": {
         "target_modules": FOUR,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,11 @@ class Layer:
         Conv1d/2d/3d    lora_A (r, in)           lora_B (out, r)
 
     lora_alpha is what the user set; scaling is what counts (alpha / r, or alpha / √r with rsLoRA).
+    Of the variants (`lora.variants`), whose vectors have a value for every row of the output:
+        frozen_rank: PiSSA's; the last so many ranks of each part are A₀ and -B₀, which stay.
+        magnitude (out,): DoRA's, in rows without an update the norm of the frozen row.
+        lora_bias (out,): bias of the update without its scale, in rows without an update zero.
+        use_lorafa: lora_A is not trained.
     fingerprint: of the frozen weight that it was trained on (`fingerprint.fingerprint`), or None.
     transposed: the weight is stored (in, out), as in transformers' Conv1D.
     """
@@ -83,6 +88,10 @@ class Layer:
     out_splits: tuple[int, ...] | None = None
     transposed: bool = False
     fingerprint: str | None = None
+    frozen_rank: int = 0
+    magnitude: Tensor | None = None
+    lora_bias: Tensor | None = None
+    use_lorafa: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -101,6 +110,19 @@ class Layer:
             raise AdapterError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
         if not isinstance(self.fingerprint, (str, type(None))):
             raise AdapterError(f"fingerprint={self.fingerprint!r}: expected a string")
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        linear = self.kind in ("Linear", "MergedLinear")
+        if not isinstance(self.frozen_rank, int) or not 0 <= self.frozen_rank < self.r:
+            raise AdapterError(f"frozen_rank={self.frozen_rank!r} of rank {self.r}: expected less")
+        for name in ("magnitude", "lora_bias"):
+            vector = getattr(self, name)
+            if vector is not None and (not linear or vector.shape != self.shape[:1]):
+                raise AdapterError(
+                    f"{name} {tuple(vector.shape)} on a {self.kind} of {self.shape}: expected a linear "
+                    "layer's, with one value for every row"
+                )
 
     def _check_parts(self) -> None:
         check_parts(self.out_splits, self.enable_lora)
@@ -144,6 +166,46 @@ class Layer:
         ):
             blocks[start:stop, part * self.r : (part + 1) * self.r] = B
         return self.lora_A, blocks
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the LoRA layer, by their own names in it."""
+        found = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.frozen_rank:
+            r = self.r - self.frozen_rank
+            A = torch.unflatten(self.lora_A, 0, (self.parts, self.r))
+            found = {"lora_A": A[:, :r].flatten(0, 1), "lora_B": self.lora_B[:, :r]}
+            found |= {"lora_A0": A[:, r:].flatten(0, 1), "lora_B0": -self.lora_B[:, r:]}
+        if self.magnitude is not None:
+            found["lora_magnitude"] = self._updated(self.magnitude)
+        if self.lora_bias is not None:
+            found["lora_bias"] = self._updated(self.lora_bias)
+        return found
+
+    def with_parameters(self, values: Mapping[str, Tensor]) -> Layer:
+        """The inverse of `parameters`: this layer with such values."""
+        A, B = values["lora_A"], values["lora_B"]
+        if self.frozen_rank:
+            frozen = torch.unflatten(values["lora_A0"], 0, (self.parts, self.frozen_rank))
+            A = torch.cat([torch.unflatten(A, 0, (self.parts, -1)), frozen], 1).flatten(0, 1)
+            B = torch.cat([B, -values["lora_B0"]], 1)
+        vectors = {}
+        for own, name in (("lora_magnitude", "magnitude"), ("lora_bias", "lora_bias")):
+            if own in values:
+                vectors[name] = full = getattr(self, name).to(values[own].dtype, copy=True)
+                for rows, part in zip(self._row_ranges(), self._split(values[own]), strict=True):
+                    full[slice(*rows)] = part
+        return self.with_factors(A, B, **vectors)
+
+    def _row_ranges(self) -> list[tuple[int, int]]:
+        return self.rows if self.kind == "MergedLinear" else [(0, self.shape[0])]
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return torch.split(vector, [stop - start for start, stop in self._row_ranges()])
+
+    def _updated(self, vector: Tensor) -> Tensor:
+        """The values of the rows that have an update."""
+        pieces = [vector[start:stop] for start, stop in self._row_ranges()]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def with_factors(self, lora_A: Tensor, lora_B: Tensor, **changes: object) -> Layer:
         return replace(self, lora_A=lora_A, lora_B=lora_B, **changes)  # type: ignore[arg-type]
@@ -193,9 +255,11 @@ class Adapter:
                 bad[key] = "has a NaN or infinite value"
         if not bad:
             return self, {}
+        others = self.biases.keys() | self.saved.keys()
         named: dict[str, str] = {}
         for key in bad:
-            named.setdefault(key.removesuffix(".lora_A").removesuffix(".lora_B"), key)
+            module = key.rpartition(".")[0]
+            named.setdefault(module if module in self.layers and key not in others else key, key)
         kept = {
             part: {key: value for key, value in getattr(self, part).items() if key not in named}
             for part in ("layers", "biases", "saved")
@@ -204,14 +268,19 @@ class Adapter:
 
     def does_nothing(self) -> bool:
         """Whether every update is zero, as with a B that was never trained."""
-        updates = [bool(x.lora_A.any() and x.lora_B.any()) for x in self.layers.values()]
+        updates = [
+            bool(x.lora_A.any() and x.lora_B.any())
+            or x.magnitude is not None
+            or x.lora_bias is not None
+            for x in self.layers.values()
+        ]
         return bool(updates) and not any(updates) and not self.saved
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that was trained, by module name and own name."""
         factors = {
-            f"{name}.{own}": getattr(layer, own)
+            f"{name}.{own}": tensor
             for name, layer in self.layers.items()
-            for own in ("lora_A", "lora_B")
+            for own, tensor in layer.parameters().items()
         }
         return {**factors, **self.biases, **self.saved}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,11 @@ def _pieces(
         factors_A = torch.split(layer.lora_A, layer.r)
         factors_B = torch.split(layer.lora_B, [stop - start for start, stop in layer.rows])
         pairs = iter(zip(factors_A, factors_B, strict=True))
-        return [layer.with_factors(*next(pairs), **plain) if on else None for on in mask]
+        vectors = _vectors_of_parts(layer, layer.out_splits or ())
+        return [
+            layer.with_factors(*next(pairs), **(plain | of_part)) if on else None
+            for on, of_part in zip(mask, vectors, strict=True)
+        ]
     out = layer.shape[0]
     rows = list(qkv_rows or ()) if own == "qkv_proj" else [out // parts] * parts
     if len(rows) != parts or sum(rows) != out:
@@ -91,7 +96,21 @@ def _pieces(
             f"{name} is one update of {out} rows: to split it, the rows of {', '.join(PARTS[own])} "
             f"must be known, got {rows or None} (python -m lora convert takes them from --base)"
         )
-    return [layer.with_factors(layer.lora_A, B, **plain) for B in torch.split(layer.lora_B, rows)]
+    factors_B, vectors = torch.split(layer.lora_B, rows), _vectors_of_parts(layer, rows)
+    return [
+        layer.with_factors(layer.lora_A, B, **(plain | of_part))
+        for B, of_part in zip(factors_B, vectors, strict=True)
+    ]
+
+
+_VECTORS = ("magnitude", "lora_bias")
+
+
+def _vectors_of_parts(layer: Layer, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """DoRA's magnitude and lora_bias, where there are such, of every part."""
+    there = {n: getattr(layer, n) for n in _VECTORS if getattr(layer, n) is not None}
+    pieces = {name: torch.split(vector, list(rows)) for name, vector in there.items()}
+    return [{name: parts[i] for name, parts in pieces.items()} for i in range(len(rows))]
 
 
 def _retarget(
@@ -141,11 +160,12 @@ def fuse(adapter: Adapter) -> Adapter:
 
 def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
     there = [layer for layer in found if layer is not None]
-    facts = {(layer.kind, layer.r, layer.scaling) for layer in there}
-    if len(facts) > 1 or there[0].kind != "Linear":
+    facts = {(x.kind, x.r, x.scaling, x.frozen_rank) for x in there}
+    alike = len({tuple(getattr(x, n) is None for n in _VECTORS) for x in there}) == 1
+    if len(facts) > 1 or there[0].kind != "Linear" or not alike:
         raise AdapterError(
-            f"{name}: its parts have (kind, r, scale) {sorted(facts)}: expected Linear layers of one "
-            "rank and scale"
+            f"{name}: its parts have (kind, r, scale, frozen rank) {sorted(facts)}: expected Linear "
+            "layers of one rank and scale, and of one variant"
         )
     rows = {p: x.shape[0] for p, x in zip(PARTS[own], found, strict=True) if x is not None}
     equal = PARTS[own][-2:]  # k and v have as many rows as each other, and so have gate and up
@@ -156,12 +176,25 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
             f"{name}: the adapter has {', '.join(rows)} alone, so the rows of the others are unknown"
         )
     B = torch.cat([layer.lora_B for layer in there])
-    first = there[0].with_factors(there[0].lora_A, there[0].lora_B, fingerprint=None)
+    first = replace(there[0], fingerprint=None)
+    if first.magnitude is not None and None in found:
+        raise AdapterError(f"{name}: DoRA's magnitudes of the parts without an update are unknown")
+    vectors = {
+        own: torch.cat(
+            [
+                B.new_zeros(rows_of) if part is None else getattr(part, own)
+                for part, rows_of in zip(found, splits, strict=True)
+            ]
+        )
+        for own in _VECTORS
+        if getattr(first, own) is not None
+    }
     if None not in found and all(torch.equal(x.lora_A, first.lora_A) for x in there):
-        return first.with_factors(first.lora_A, B)
+        return first.with_factors(first.lora_A, B, **vectors)
     mask = tuple(layer is not None for layer in found)
     A = torch.cat([layer.lora_A for layer in there])
-    return first.with_factors(A, B, kind="MergedLinear", enable_lora=mask, out_splits=splits)
+    parts = {"kind": "MergedLinear", "enable_lora": mask, "out_splits": splits}
+    return first.with_factors(A, B, **parts, **vectors)
 
 
 def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapter, float]:
@@ -184,6 +217,7 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapte
             raise AdapterError(
                 f"{name} is a {layer.kind}: only linear layers and embeddings are read"
             )
+        _refuse_vectors(name, layer, "vLLM and llama.cpp do")
         A, B = layer.dense()
         scaled = B.double() * layer.scaling
         own = torch.promote_types(A.dtype, B.dtype)
@@ -208,12 +242,21 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapte
     return adapter.replaced(layers=layers, bias="none"), worst
 
 
+def _refuse_vectors(name: str, layer: Layer, who: str) -> None:
+    for own, feature in zip(_VECTORS, ("DoRA's magnitude", "a lora_bias"), strict=True):
+        if getattr(layer, own) is not None:
+            raise AdapterError(
+                f"{name} has {feature}, which {who} not read: merge the adapter into its base instead "
+                "(python -m lora merge)"
+            )
+
+
 def to_loralib(adapter: Adapter) -> dict[str, Tensor]:
     """The state dict of loralib's layers, as `lora.lora_state_dict` gives it.
 
-    It does not hold r, lora_alpha and the kinds: the model must be built with them. Raises
-    AdapterError for parts of unequal size and for modules that were trained in full, which loralib
-    does not have.
+    It does not hold r, lora_alpha and the kinds: the model must be built with them (for PiSSA with
+    rank 2 r). Raises AdapterError for parts of unequal size, DoRA, lora_bias and modules that were
+    trained in full, which loralib does not have.
     """
     if adapter.saved:
         raise AdapterError(
@@ -221,6 +264,7 @@ def to_loralib(adapter: Adapter) -> dict[str, Tensor]:
         )
     state = {}
     for name, layer in adapter.layers.items():
+        _refuse_vectors(name, layer, "loralib does")
         if layer.kind == "MergedLinear" and len(set(layer.out_splits or ())) > 1:
             raise AdapterError(
                 f"{name} has parts of {list(layer.out_splits or ())} rows: loralib's MergedLinear has "

@@ -40,6 +40,7 @@ def _of_layer(name: str, layer: Layer) -> dict[str, Any]:
         "lora_alpha": layer.lora_alpha,
         "scaling": layer.scaling,
         "lora_dropout": layer.lora_dropout,
+        "variant": _variant(layer),
         "dtype": str(layer.lora_A.dtype).removeprefix("torch."),
         "norm": _norm(layer),
     }
@@ -53,8 +54,19 @@ def _parts(layer: Layer) -> list[int]:
     return [rows if on else -rows for rows, on in parts]
 
 
+def _variant(layer: Layer) -> list[str]:
+    """What is not plain LoRA's, in the words of `lora.variants`; rsLoRA shows in the scale."""
+    has = {
+        "use_dora": layer.magnitude is not None,
+        "lora_bias": layer.lora_bias is not None,
+        "pissa": layer.frozen_rank > 0,
+        "use_lorafa": layer.use_lorafa,
+    }
+    return [name for name, there in has.items() if there]
+
+
 def _norm(layer: Layer) -> float:
-    """Frobenius norm of the update: ‖s B A‖² = s² tr(BᵀB · AAᵀ), without forming B A."""
+    """Frobenius norm of the low-rank update: ‖s B A‖² = s² tr(BᵀB · AAᵀ), without forming B A."""
     A, B = (factor.double() for factor in layer.dense())
     square = float(((B.T @ B) * (A @ A.T)).sum())
     return abs(layer.scaling) * math.sqrt(max(square, 0.0))
@@ -98,4 +110,11 @@ def _row(layer: Mapping[str, Any]) -> tuple[str, ...]:
     shape = " x ".join(map(str, layer["shape"]))
     numbers = (str(layer["r"]), f"{layer['lora_alpha']:g}", f"{layer['scaling']:g}")
     own = layer["name"].rpartition(".")[2]
-    return own, layer["kind"], shape, parts, *numbers, layer["dtype"]
+    return (
+        own,
+        ", ".join([layer["kind"], *layer["variant"]]),
+        shape,
+        parts,
+        *numbers,
+        layer["dtype"],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,17 @@ def misfit(name: str, layer: Layer, now: Layer) -> str | None:
         there, here = getattr(layer, fact), getattr(now, fact)
         if there != here:
             return f"misfit: {name}: {fact} is {there!r}, in the model {here!r}"
-    return misshapen(name, [layer.lora_A, layer.lora_B], now)
+    return misshapen(name, layer.parameters(), now.parameters())
 
 
-def misshapen(name: str, factors: Iterable[Tensor], now: Layer) -> str | None:
-    """Why factors are not those of a layer, described as `now`; None if their shapes are."""
-    there = [tuple(factor.shape) for factor in factors]
-    here = [tuple(factor.shape) for factor in (now.lora_A, now.lora_B)]
-    if there == here:
-        return None
-    return f"misshapen: {name}: lora_A and lora_B are {there}, in the model {here}"
+def misshapen(name: str, values: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str | None:
+    """Why values are not those of a layer whose parameters are `now`; None if their shapes are."""
+    there, here = ({own: tuple(t.shape) for own, t in x.items()} for x in (values, now))
+    for own in {**there, **here}:
+        if there.get(own) != here.get(own):
+            kept, has = there.get(own, "missing"), here.get(own, "missing")
+            return f"misshapen: {name}: {own} is {kept}, in the model {has}"
+    return None
 
 
 def stranger(name: str, known: Collection[str]) -> str:

@@ -6,10 +6,11 @@ model is touched.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +217,14 @@ def _read_state_dict(model: nn.Module, path: Path, state: dict[str, Tensor]) -> 
         )
     problems, found = {}, {}
     for name, layer in layers.items():
-        A, B = (state.pop(f"{name}.{own}", None) for own in ("lora_A", "lora_B"))
-        if A is None or B is None:
-            problems[name] = f"missing tensor {name}.lora_{'A' if A is None else 'B'}"
-        elif (problem := misshapen(name, [A, B], layer)) is not None:
+        now = layer.parameters()
+        there = {own: state.pop(key) for own in now if (key := f"{name}.{own}") in state}
+        if missing := [own for own in now if own not in there]:
+            problems[name] = f"missing tensor {name}.{missing[0]}"
+        elif (problem := misshapen(name, there, now)) is not None:
             problems[name] = problem
         else:
-            found[name] = layer.with_factors(A, B, fingerprint=None)
+            found[name] = replace(layer, fingerprint=None).with_parameters(there)
     parameters = {plain_name(n) for n, _ in model.named_parameters()}
     biases = {k: state.pop(k) for k in list(state) if k in parameters and k.endswith("bias")}
     adapter = Adapter(
@@ -253,21 +255,38 @@ def _set_value(module: nn.Module, own: str, value: Tensor) -> None:
 
 def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dtype) -> LoRALayer:
     """The LoRA layer on `module` that `layer` describes."""
-    options: dict[str, Any] = {}
+    options = _variant(layer)
     if layer.kind != "Embedding":
         options["lora_dropout"] = layer.lora_dropout
     if layer.kind == "MergedLinear":
         options |= {"enable_lora": layer.enable_lora, "out_splits": layer.out_splits}
-    kind = CLASSES[layer.kind]
+    kind, r = CLASSES[layer.kind], layer.r - layer.frozen_rank
     new: LoRALayer = kind.from_module(  # type: ignore[attr-defined]
-        module, layer.r, layer.lora_alpha, merge_weights=merge_weights, lora_dtype=dtype, **options
+        module, r, layer.lora_alpha, merge_weights=merge_weights, lora_dtype=dtype, **options
     )
     new.scaling = layer.scaling
-    for own in ("lora_A", "lora_B"):
-        factor = getattr(new, own)
-        place = torch.device("cpu") if factor.is_meta else factor.device
-        new._parameters[own] = nn.Parameter(getattr(layer, own).to(place, dtype, copy=True))
+    if (
+        layer.frozen_rank
+    ):  # said afterwards, since its singular values would be computed for nothing
+        new.variant = {**new.variant, "init_lora_weights": "pissa"}
+    place = torch.device("cpu") if new.lora_A.is_meta else new.lora_A.device
+    for own, value in layer.parameters().items():
+        trained = not new.is_frozen(own)
+        new._parameters.pop(own, None)  # so that the order is that of the layer that was saved
+        new._parameters[own] = nn.Parameter(value.to(place, dtype, copy=True), trained)
     return new
+
+
+def _variant(layer: Layer) -> dict[str, Any]:
+    """The options that a LoRA layer with this update was made with, but for PiSSA."""
+    r = layer.r - layer.frozen_rank
+    found = {
+        "use_rslora": layer.scaling == layer.lora_alpha / math.sqrt(r) != layer.lora_alpha / r,
+        "use_dora": layer.magnitude is not None,
+        "lora_bias": layer.lora_bias is not None,
+        "use_lorafa": layer.use_lorafa,
+    }
+    return {name: True for name, on in found.items() if on}
 
 
 def _fill(module: nn.Module, name: str, adapter: Adapter) -> None:

@@ -1,6 +1,8 @@
 """merge_checkpoint: a plain checkpoint with an adapter merged in, for a base larger than memory.
 
     merged = round(weight + scaling · update(lora_A, lora_B))
+    with DoRA  round(magnitude / ‖weight + ...‖ ∘ (weight + ...)), norms of the rows of (out, in)
+    bias       round(bias + scaling · lora_bias), where the update has one
 
 in float64, rounded once to the dtype of the base's tensor, a block of rows at a time. weight is
 (out, in), or (in, out) if the layer is transposed; (num, dim) of an embedding; (out, in, 1, ...) of a
@@ -189,7 +191,7 @@ class _Merge:
         self.base = base
         self.weights = {f"{name}.weight": name for name in adapter.layers}
         self.layers = adapter.layers
-        self.replaced = {**adapter.biases, **adapter.saved}
+        self.replaced = {**adapter.biases, **adapter.saved} | _merged_biases(base, adapter)
         self.errors: dict[str, LayerError] = {}
         for name in self.weights.keys() & self.replaced.keys():
             raise AdapterError(
@@ -239,12 +241,16 @@ class _Merge:
         layer = self.layers[self.weights[name]]
         left, right = _factors(layer)
         shape, dtype = self.base.shape(name), self.base.dtype(name)
+        row_scale = self._row_scale(name, layer, left, right)
         update_square = error_square = largest = 0.0
         changed = 0
         for rows in row_blocks(shape):
             weight = self.base.rows(name, rows.start, rows.stop)
             update = (left[rows] @ right).mul_(layer.scaling).reshape(weight.shape)
             exact = update + weight
+            if row_scale is not None:
+                exact *= row_scale if layer.transposed else row_scale[rows, None]
+                update = exact - weight
             merged = _rounded(exact, dtype)
             _check_finite(name, merged, exact)
             update_square += float(update.square_().sum())
@@ -259,6 +265,40 @@ class _Merge:
             largest,
             changed / max(math.prod(shape), 1),
         )
+
+    def _row_scale(self, name: str, layer: Layer, left: Tensor, right: Tensor) -> Tensor | None:
+        """DoRA's magnitude / ‖weight + update‖ (out,), in a pass of its own over the weight."""
+        if layer.magnitude is None:
+            return None
+        squares = torch.zeros(layer.shape[0], dtype=torch.float64)
+        for rows in row_blocks(self.base.shape(name)):
+            weight = self.base.rows(name, rows.start, rows.stop)
+            square = (left[rows] @ right).mul_(layer.scaling).add_(weight).square_()
+            if layer.transposed:
+                squares += square.sum(0)
+            else:
+                squares[rows] = square.sum(1)
+        tiny = torch.finfo(torch.float32).tiny
+        return layer.magnitude.detach().cpu().double() / squares.sqrt_().clamp_(min=tiny)
+
+
+def _merged_biases(base: Checkpoint, adapter: Adapter) -> dict[str, Tensor]:
+    """The biases of the layers whose updates have one."""
+    found = {}
+    for name, layer in adapter.layers.items():
+        key = f"{name}.bias"
+        if layer.lora_bias is None:
+            continue
+        if key not in base:
+            raise AdapterError(
+                f"the update of {name!r} has a bias (lora_bias), and {base.folder} has no {key!r} to "
+                "merge it into: load the adapter with lora.load_adapter, or train without lora_bias"
+            )
+        check_shapes(base, [(key, tuple(layer.lora_bias.shape))])
+        frozen = base.rows(key, 0, base.shape(key)[0])
+        now = adapter.biases.get(key, frozen).detach().cpu().double()
+        found[key] = now + layer.scaling * layer.lora_bias.detach().cpu().double()
+    return found
 
 
 def _factors(layer: Layer) -> tuple[Tensor, Tensor]:

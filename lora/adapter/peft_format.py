@@ -3,6 +3,8 @@
     module X of kind                  tensors, each after "base_model.model."
     Linear, MergedLinear              X.lora_A.weight (R, in), X.lora_B.weight (out, R)
     Conv1d, Conv2d, Conv3d            the same, with kernel dimensions of size 1
+    the same with DoRA                X.lora_magnitude_vector (out,) too
+    the same with lora_bias           X.lora_B.bias (out,) too
     Embedding                         X.lora_embedding_A (R, num), X.lora_embedding_B (dim, R)
     bias of an adapted X, of another  X.base_layer.bias, X.bias
     a module trained in full          X.weight, X.bias, ...
@@ -10,7 +12,8 @@
 A MergedLinear of n parts of rank r is one update of rank R = n·r whose lora_B has a block a part:
 the same numbers, since every other entry is zero. PEFT knows no such blocks: reading a file alone
 gives a Linear, and PEFT training on would fill the zeros. The scale is lora_alpha / R, or with
-rsLoRA lora_alpha / √R (arXiv 2312.03732). Fields and keys: PEFT 0.21, `LoraConfig` and
+rsLoRA lora_alpha / √R (arXiv 2312.03732). PiSSA's update is plain LoRA's of rank 2 r here: PEFT's own
+PiSSA files are for a base that it has changed. Fields and keys: PEFT 0.21, `LoraConfig` and
 `get_peft_model_state_dict`.
 """
 
@@ -56,12 +59,14 @@ _READ = {
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
     "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
     "target_modules",
+    "use_dora",
     "use_rslora",
 }
 _FACTORS = {
@@ -69,6 +74,8 @@ _FACTORS = {
     ".lora_B.weight": "lora_B",
     ".lora_embedding_A": "lora_A",
     ".lora_embedding_B": "lora_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_B.bias": "lora_bias",
 }
 _CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
@@ -81,8 +88,11 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         if layer.kind.startswith("Conv"):
             ones = (1,) * int(layer.kind[4])
             A, B = A.reshape(*A.shape, *ones), B.reshape(*B.shape, *ones)
-        a, b = list(_FACTORS)[2:] if layer.kind == "Embedding" else list(_FACTORS)[:2]
+        suffixes = list(_FACTORS)
+        a, b = suffixes[2:4] if layer.kind == "Embedding" else suffixes[:2]
+        vectors = zip(suffixes[4:], (layer.magnitude, layer.lora_bias), strict=True)
         found[f"{PREFIX}{name}{a}"], found[f"{PREFIX}{name}{b}"] = A, B
+        found |= {f"{PREFIX}{name}{end}": value for end, value in vectors if value is not None}
     for key, bias in adapter.biases.items():
         name, _, own = key.rpartition(".")
         inner = f"{name}.base_layer.{own}" if name in adapter.layers else key
@@ -106,6 +116,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     alphas = {
         name: layer.lora_alpha if stabilized else _alpha(layer) for name, layer in layers.items()
     }
+    _check_alike(layers)
     r, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alphas)
     dropouts = [layer.lora_dropout for layer in layers.values()]
@@ -120,6 +131,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
+        "lora_bias": any(layer.lora_bias is not None for layer in layers.values()),
         "lora_dropout": Counter(dropouts).most_common(1)[0][0],
         "modules_to_save": list(adapter.modules_to_save) or None,
         "peft_type": "LORA",
@@ -128,9 +140,20 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "revision": None,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": adapter.task_type,
-        "use_dora": False,
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
         "use_rslora": stabilized,
     }
+
+
+def _check_alike(layers: Mapping[str, Layer]) -> None:
+    """PEFT's config says DoRA and lora_bias of all layers at once, and never both."""
+    for name, other in (("magnitude", "lora_bias"), ("lora_bias", "magnitude")):
+        has = {key: getattr(layer, name) is not None for key, layer in layers.items()}
+        if len(set(has.values())) > 1:
+            first = next(key for key, there in has.items() if not there)
+            raise AdapterError(f"{first} has no {name}, other layers have: expected all or none")
+        if any(has.values()) and any(getattr(x, other) is not None for x in layers.values()):
+            raise AdapterError("the layers have a magnitude and a lora_bias: PEFT has one or none")
 
 
 def _alpha(layer: Layer) -> float:
@@ -184,9 +207,11 @@ def parse(
     }
     layers: dict[str, Layer] = {}
     for name, found in sorted(factors.items(), key=_in_model_order):
-        missing = {"lora_A", "lora_B"} - found.keys()
-        if missing:
-            problems[name] = f"missing tensor {name}.{missing.pop()}"
+        missing = sorted(_expected(config) - found.keys())
+        strange = sorted({"magnitude", "lora_bias"} & found.keys() - _expected(config))
+        if missing or strange:
+            what = f"missing tensor {name}.{missing[0]}" if missing else ""
+            problems[name] = what or f"unexpected tensor {name}.{strange[0]}: its config has none"
             continue
         try:
             layers[name] = _layer(name, found, config)
@@ -207,6 +232,12 @@ def parse(
         target_modules=tuple(targets) if isinstance(targets, (list, tuple)) else None,
     )
     return adapter, problems
+
+
+def _expected(config: Mapping[str, Any]) -> set[str]:
+    """What there is of every layer."""
+    vectors = {"use_dora": "magnitude", "lora_bias": "lora_bias"}
+    return {"lora_A", "lora_B", *(own for flag, own in vectors.items() if config.get(flag))}
 
 
 def _in_model_order(item: tuple[str, object]) -> list[tuple[int, str]]:
@@ -242,6 +273,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     _check_names(config)
     _check_numbers(config)
+    for name in ("use_rslora", "use_dora", "lora_bias"):
+        if not isinstance(config.get(name), (bool, type(None))):
+            raise AdapterError(f"{name}={config[name]!r}: expected a bool")
     if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
         raise AdapterError(f"bias={config['bias']!r}: expected 'none', 'all' or 'lora_only'")
     dropout = config.get("lora_dropout") or 0.0
@@ -312,13 +346,13 @@ def _by_module(
         else:
             found = factors.setdefault(inner.removesuffix(suffix), {})
             found[_FACTORS[suffix]] = tensor
-            found.setdefault("embedding" if "embedding" in suffix else "weight", tensor)
+            found["embedding" if "embedding" in suffix else "weight"] = tensor
     return factors, others, unexpected
 
 
 def _layer(name: str, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
     if "embedding" in found and "weight" in found:
-        raise AdapterError("it has factors of a linear layer and of an embedding")
+        raise AdapterError("it has tensors of a linear layer and of an embedding")
     A, B = found["lora_A"], found["lora_B"]
     kind = "Embedding" if "embedding" in found else _CONVOLUTIONS.get(A.ndim, "Linear")
     if kind.startswith("Conv"):
@@ -336,7 +370,10 @@ def _layer(name: str, found: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         )
     scaling = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     dropout = config.get("lora_dropout") or 0.0
-    return Layer(kind, A, B, alpha, scaling, 0.0 if kind == "Embedding" else dropout)
+    vectors: dict[str, Any] = {
+        own: found[own] for own in ("magnitude", "lora_bias") if own in found
+    }
+    return Layer(kind, A, B, alpha, scaling, 0.0 if kind == "Embedding" else dropout, **vectors)
 
 
 def _sort_others(

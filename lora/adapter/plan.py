@@ -26,7 +26,6 @@ from .save import active_modules, biases_of, described, matrix, plain_name
 from .selection import selected
 from .storage import File
 
-_FACTORS = ("lora_A", "lora_B")
 _SHARED = "biases: an adapter with trained biases cannot be beside another, which would share them"
 
 
@@ -62,7 +61,9 @@ def into_layers(model: nn.Module, file: File) -> Plan:
             problem = stranger(name, layers)
         if problem is not None:
             plan.problems[name] = problem
-        elif _plan_values(plan, model, paths, {f"{name}.{o}": getattr(layer, o) for o in _FACTORS}):
+        elif _plan_values(
+            plan, model, paths, {f"{name}.{own}": t for own, t in layer.parameters().items()}
+        ):
             plan.loaded.append(name)
     for name in (n for n, module in modules.items() if is_full(module)):
         keys = [key for key in saved if key.startswith(f"{name}.")]

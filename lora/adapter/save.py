@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._base import LoRALayer, lora_layers
@@ -160,17 +161,34 @@ def _described(name: str, layer: LoRALayer) -> Layer:
     parts: dict[str, Any] = {}
     if isinstance(layer, MergedLinear):
         parts = {"enable_lora": tuple(layer.enable_lora), "out_splits": tuple(layer.out_splits)}
+    A, B = (factor.detach() for factor in layer.factors())
     return Layer(
         kind=kind,
-        lora_A=layer.lora_A.detach(),
-        lora_B=layer.lora_B.detach(),
+        lora_A=A,
+        lora_B=B,
         lora_alpha=layer.lora_alpha,
         scaling=layer.scaling,
         lora_dropout=float(getattr(layer.lora_dropout, "p", 0.0)),
         transposed=_stands_for_conv1d(layer),
         fingerprint=fingerprint(matrix(layer)),
+        frozen_rank=B.shape[1] - layer.r,
+        use_lorafa="use_lorafa" in layer.variant,
+        **_vectors(layer),
         **parts,
     )
+
+
+def _vectors(layer: LoRALayer) -> dict[str, Any]:
+    """DoRA's magnitude and the update's bias, for every row of the output."""
+    found: dict[str, Any] = {}
+    if isinstance(layer, Linear) and "use_dora" in layer.variant:
+        magnitude = layer.lora_magnitude.detach()
+        norms = torch.linalg.vector_norm(matrix(layer).detach(), dim=1, dtype=magnitude.dtype)
+        updated = layer.all_rows(torch.ones_like(magnitude), 0.0).bool()
+        found["magnitude"] = torch.where(updated, layer.all_rows(magnitude, 0.0), norms)
+    if isinstance(layer, Linear) and "lora_bias" in layer.variant:
+        found["lora_bias"] = layer.all_rows(layer.lora_bias.detach(), 0.0)
+    return found
 
 
 def _stands_for_conv1d(layer: LoRALayer) -> bool:

@@ -103,6 +103,8 @@ def _facts(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
                 "out_splits": layer.out_splits,
                 "transposed": layer.transposed,
                 "fingerprint": layer.fingerprint,
+                "frozen_rank": layer.frozen_rank,
+                "use_lorafa": layer.use_lorafa,
             }
             for name, layer in adapter.layers.items()
         },
@@ -227,6 +229,8 @@ def _restored(layer: Layer, facts: Mapping[str, Any]) -> Layer:
     """lora's own layer, from PEFT's form of it and the facts."""
     as_tuple = {k: tuple(facts[k]) if facts[k] else None for k in ("enable_lora", "out_splits")}
     own = {k: facts[k] for k in ("lora_alpha", "scaling", "lora_dropout", "transposed")}
+    variant = {"frozen_rank": 0, "use_lorafa": False}  # of files from before there were any
+    own |= {key: facts.get(key, default) for key, default in variant.items()}
     A, B, kind = layer.lora_A, layer.lora_B, facts["kind"]
     if kind == "MergedLinear":
         mask, splits = as_tuple["enable_lora"] or (), as_tuple["out_splits"] or ()
