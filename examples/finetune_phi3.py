@@ -85,6 +85,7 @@ training_config: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "eval_steps": 100,
     "eval_samples": 500,  # of the 5 % of the chats that are held out, at most
+    "loraplus_lr_ratio": 1.0,  # of B's learning rate to A's; above 1 it is LoRA+
 }
 peft_config: dict[str, Any] = {
     "r": 16,
@@ -94,6 +95,14 @@ peft_config: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
     "target_modules": "all-linear",
     "modules_to_save": None,
+}
+# Variants of LoRA, each with its flag (`lora.variants` has the papers); these values are plain LoRA.
+variant_config: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "use_lorafa": False,
+    "init_lora_weights": True,
 }
 SHOWN = 4  # held-out questions that are asked before and after
 # What differs for the stand-in: thousands of times smaller, it learns at a much higher rate, and it
@@ -154,7 +163,7 @@ def load_adapted(setup: Setup) -> PreTrainedModel:
     """The pretrained model with LoRA layers, and everything but these frozen."""
     model = load(AutoModelForCausalLM, setup.base, **setup.model_config).to(device())
     try:
-        lora.patch_phi3(model, **peft_config)
+        lora.patch_phi3(model, **peft_config, **variant_config)
     except (ValueError, TypeError) as error:
         raise InputError(f"{setup.base} cannot be adapted: {error}") from error
     lora.mark_only_lora_as_trainable(model, bias=peft_config["bias"])
@@ -170,7 +179,7 @@ def train(setup: Setup, resume: bool) -> Trainer:
         "dtype": setup.model_config["dtype"],
         "attn_implementation": setup.model_config["attn_implementation"],
         "device": device().type,
-        **binding(training_config, peft_config),
+        **binding(training_config, peft_config | variant_config),
     }
     checkpoint = load_checkpoint(output / "checkpoints", settings) if resume else None
     torch.manual_seed(training_config["seed"])
@@ -225,6 +234,10 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     lora.load_adapter(model, output / "adapter")
     reloaded = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
 
+    differences = {"reload_difference": abs(reloaded - expected_loss)}
+    if variant_config["lora_bias"]:
+        log.info("not merged: Phi-3's layers have no biases to merge those of the updates into")
+        return _checked(differences, model.dtype)
     lora.unpatch(model, merge=True).save_pretrained(output / "merged")
     setup.tokenizer.save_pretrained(output / "merged")
     del model  # from here on as anyone would who has never heard of this library
@@ -233,11 +246,12 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     reply = answers(plain, setup.tokenizer, setup.data.held_out[:1])[0]
     log.info("the merged model, %s, answers: %s", output / "merged", reply)
 
-    differences = {
-        "reload_difference": abs(reloaded - expected_loss),
-        "merged_difference": abs(merged - expected_loss),
-    }
-    tolerance = 1e-4 if plain.dtype == torch.float32 else 2e-2  # bf16 has three digits
+    differences["merged_difference"] = abs(merged - expected_loss)
+    return _checked(differences, plain.dtype)
+
+
+def _checked(differences: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # bf16 has three digits
     if max(differences.values()) > tolerance:
         raise RuntimeError(f"saving or merging changed the loss: {differences}")
     return differences
@@ -259,6 +273,14 @@ def arguments() -> argparse.Namespace:
     add("--attn-implementation", default="sdpa", help="or eager, flash_attention_2 (default: sdpa)")
     add("--cache-dir", type=Path, help="where models are kept (default: the user's cache)")
     add("--base-steps", type=int, default=BASE_STEPS, help="training steps of the stand-in")
+    add("--use-rslora", action="store_true", help="scale the update by lora_alpha / sqrt(r)")
+    add("--use-dora", action="store_true", help="DoRA: train the norms of the rows apart")
+    add(
+        "--lora-bias", action="store_true", help="give every update a bias (then nothing is merged)"
+    )
+    add("--use-lorafa", action="store_true", help="LoRA-FA: freeze A, which saves memory")
+    add("--init-lora-weights", metavar="pissa", help="PiSSA; or pissa_niter_16, which is faster")
+    add("--loraplus-lr-ratio", type=float, metavar="RATIO", help="LoRA+: of B's rate to A's")
     add(
         "--set",
         action="append",
@@ -273,9 +295,12 @@ def arguments() -> argparse.Namespace:
         ("output_dir", args.output),
         ("max_steps", args.steps),
         ("seed", args.seed),
+        ("loraplus_lr_ratio", args.loraplus_lr_ratio),
     ):
         if value is not None:
             training_config[name] = value
+    for name in variant_config:
+        variant_config[name] = getattr(args, name) or variant_config[name]
     return args
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,10 @@ def check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={config[name]!r}: expected one of {choices}")
     if not config["learning_rate"] > 0 or not config["max_grad_norm"] > 0:
         raise InputError("learning_rate and max_grad_norm: expected numbers above 0")
+    if not 0 < config["loraplus_lr_ratio"] < math.inf:
+        raise InputError(
+            f"loraplus_lr_ratio={config['loraplus_lr_ratio']}: expected a positive number"
+        )
     if not 0 <= config["warmup_ratio"] <= 1:
         raise InputError(f"warmup_ratio={config['warmup_ratio']}: expected a number from 0 to 1")
     if config["max_steps"] < 1 and not config["num_train_epochs"] > 0:

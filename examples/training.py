@@ -110,7 +110,8 @@ class Trainer:
         if self.steps <= 0:
             self.steps = math.ceil(config["num_train_epochs"] * self.batches / self.accumulation)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, config["learning_rate"], weight_decay=0.0)
+        rates = config["learning_rate"], config["loraplus_lr_ratio"]
+        self.optimizer = torch.optim.AdamW(lora.parameter_groups(model, *rates))
         self.scheduler = get_scheduler(
             config["lr_scheduler_type"],
             self.optimizer,
