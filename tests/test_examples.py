@@ -417,6 +417,34 @@ def test_damaged_and_foreign_checkpoints_are_refused(uninterrupted, run, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == []
 
 
+VARIANTS = {
+    "rslora": (["--use-rslora"], "use_rslora"),
+    "dora": (["--use-dora"], "use_dora"),
+    "lora_bias": (["--lora-bias"], "lora_bias"),
+    "lorafa": (["--use-lorafa"], "use_lorafa"),
+    "pissa": (["--init-lora-weights", "pissa"], "pissa"),
+    "loraplus": (["--loraplus-lr-ratio", "16"], None),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_by_its_flag(name, run, first, chats, tmp_path):
+    flags, said = VARIANTS[name]
+    arguments = ["--model", first.base, "--data", chats, "--output", tmp_path / "output", *SMALL]
+    code, out, err = run(*arguments, "--steps=6", *flags)
+    assert code == 0, err
+    table = "\n".join(out[:-1])
+    assert said is None or all(said in line for line in out if line.startswith("MergedLinear"))
+    assert ("variant" in table) == (said is not None)
+    report = json.loads(out[-1])
+    assert report["eval_loss_after"] < report["eval_loss_before"]
+    assert report["reload_difference"] == 0
+    assert ("merged_difference" in report) == (name != "lora_bias")  # Phi-3 has no biases
+    code, _, err = run(*arguments, "--steps=6", "--resume")  # as plain LoRA
+    assert code == 2
+    assert "made with other settings" in err
+
+
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
     "{% endfor %}"
