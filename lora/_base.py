@@ -97,8 +97,9 @@ class LoRALayer(_Module):
             raise ValueError(f"{kind}: lora_alpha={lora_alpha!r}: expected a finite number")
         if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
             raise ValueError(f"{kind}: lora_dropout={lora_dropout!r}: expected a number in [0, 1)")
-        self.variant = checked(kind, variant, self._VARIANTS)
+        chosen = checked(kind, variant, self._VARIANTS)
         self.r = operator.index(r)
+        self.variant = chosen if self.r > 0 else Variant()
         self.lora_alpha = lora_alpha
         if r > 0:
             self.scaling = lora_alpha / (math.sqrt(r) if variant.get("use_rslora") else r)
@@ -162,9 +163,13 @@ class LoRALayer(_Module):
         if self.r == 0:
             return
         for own, shape in self._update_shapes().items():
-            zeros = self.weight.new_zeros(shape, dtype=dtype)
+            zeros = self.weight.new_zeros(shape, dtype=self.update_dtype(own, dtype))
             setattr(self, own, nn.Parameter(zeros, not self.is_frozen(own)))
         self.weight.requires_grad = False
+
+    def update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
+        """Of the update's parameter `own`, if factors of `dtype` (None: weight's) were asked for."""
+        return dtype or self.weight.dtype
 
     def _update_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the update's parameters, by own name."""

@@ -138,6 +138,12 @@ class Linear(LoRALayer, nn.Linear):
             shapes["lora_bias"] = shape_B[:1]
         return shapes
 
+    def update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
+        asked = super().update_dtype(own, dtype)
+        if own == "lora_magnitude":  # rounded to half precision it would not be the norm to the bit
+            return torch.promote_types(asked, torch.float32)
+        return asked
+
     def is_frozen(self, own: str) -> bool:
         return own in ("lora_A0", "lora_B0") or (own == "lora_A" and "use_lorafa" in self.variant)
 
@@ -158,6 +164,8 @@ class Linear(LoRALayer, nn.Linear):
 
     def _reset_factors(self) -> None:
         super()._reset_factors()
+        if "lora_bias" in self.variant:
+            nn.init.zeros_(self.lora_bias)
         self._derive_from_weight()
 
     @torch.no_grad()
@@ -188,11 +196,10 @@ class Linear(LoRALayer, nn.Linear):
             weight = self._matrix(self.weight)
             return row_norms(weight, *self.factors(), self.scaling, self.rows)
 
-    def _row_scale(self) -> Tensor:
+    def _row_scale(self, norms: Tensor) -> Tensor:
         """DoRA's factor of every row of the output: lora_magnitude / ‖W + scaling · B A‖ (out,)."""
-        norms = self._row_norms()
-        tiny = torch.finfo(norms.dtype).tiny  # a row of zeros stays one
-        return self.all_rows(self.lora_magnitude.to(norms.dtype) / norms.clamp(min=tiny), 1.0)
+        norms = norms.masked_fill(norms == 0, 1.0)  # a row of zeros stays one
+        return self.all_rows(self.lora_magnitude.to(norms.dtype) / norms, 1.0)
 
     def all_rows(self, values: Tensor, fill: float) -> Tensor:
         """`values` in the rows that have an update, `fill` in the others (out,)."""
@@ -200,7 +207,7 @@ class Linear(LoRALayer, nn.Linear):
 
     def total_bias(self) -> Tensor | None:
         """bias, and with lora_bias the update's, scaling included; in bias's or weight's dtype."""
-        if "lora_bias" not in self.variant or self.r == 0:
+        if "lora_bias" not in self.variant:
             return self.bias
         update = self.all_rows(self.lora_bias * self.scaling, 0.0)
         if self.bias is None:
@@ -212,7 +219,10 @@ class Linear(LoRALayer, nn.Linear):
         if "use_dora" not in self.variant:
             return delta
         weight = self.weight.to(delta.dtype)
-        return (weight + delta) * self._matrix(self._row_scale()[:, None]) - weight
+        dense = weight + delta
+        norms = [torch.linalg.vector_norm(self._matrix(dense)[i:j], dim=1) for i, j in self.rows]
+        scale = self._row_scale(torch.cat(norms).detach())
+        return dense * self._matrix(scale[:, None]) - weight
 
     def _delta(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return self._matrix(lora_B @ lora_A)
@@ -244,7 +254,7 @@ class Linear(LoRALayer, nn.Linear):
             return y
         product = y if bias is None else y - bias.to(y.dtype)
         return torch.addcmul(
-            y, product, (self._row_scale() - 1).to(y.dtype)
+            y, product, (self._row_scale(self._row_norms()) - 1).to(y.dtype)
         )  # 0 at first: y itself
 
     def _load_from_state_dict(

@@ -85,9 +85,12 @@ def row_norms(
     """‖W_i + scaling · B_i A_j‖ of every row i of the parts j, in at least fp32, without gradients.
 
     By ‖W_i‖² + 2 s (W_i A_jᵀ) · B_i + s² B_i (A_j A_jᵀ) · B_i: neither B A nor a copy of W is formed.
+    Where the two nearly cancel, the norm is no less than their lengths times the root of the weight's
+    machine epsilon, below which the sum is noise. Without an update it is ‖W_i‖ to the bit.
     weight (out, in), lora_A (n·r, in), lora_B (rows of the n parts, r), rows: of the parts.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    eps = torch.finfo(weight.dtype).eps
     norms = []
     with torch.no_grad():
         factors_A = torch.split(lora_A, lora_B.shape[1])
@@ -96,8 +99,9 @@ def row_norms(
             part = weight[start:stop]
             frozen = torch.linalg.vector_norm(part, dim=1, dtype=dtype).square()
             cross = ((part @ A.to(weight.dtype).t()).to(dtype) * B).sum(1)
-            update = (B @ (A @ A.t()).to(dtype) * B).sum(1)
-            norms.append((frozen + 2 * scaling * cross + scaling**2 * update).clamp(min=0).sqrt())
+            update = scaling**2 * (B @ (A @ A.t()).to(dtype) * B).sum(1)
+            square = frozen + 2 * scaling * cross + update
+            norms.append(torch.maximum(square, eps * (frozen + update)).sqrt())
         return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 

@@ -273,7 +273,8 @@ def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dt
     for own, value in layer.parameters().items():
         trained = not new.is_frozen(own)
         new._parameters.pop(own, None)  # so that the order is that of the layer that was saved
-        new._parameters[own] = nn.Parameter(value.to(place, dtype, copy=True), trained)
+        value = value.to(place, new.update_dtype(own, dtype), copy=True)
+        new._parameters[own] = nn.Parameter(value, trained)
     return new
 
 

@@ -278,8 +278,8 @@ class _Merge:
                 squares += square.sum(0)
             else:
                 squares[rows] = square.sum(1)
-        tiny = torch.finfo(torch.float32).tiny
-        return layer.magnitude.detach().cpu().double() / squares.sqrt_().clamp_(min=tiny)
+        norms = squares.sqrt_().masked_fill_(squares == 0, 1.0)  # a row of zeros stays one
+        return layer.magnitude.detach().cpu().double() / norms
 
 
 def _merged_biases(base: Checkpoint, adapter: Adapter) -> dict[str, Tensor]:

@@ -346,13 +346,14 @@ def _by_module(
         else:
             found = factors.setdefault(inner.removesuffix(suffix), {})
             found[_FACTORS[suffix]] = tensor
-            found["embedding" if "embedding" in suffix else "weight"] = tensor
+            if _FACTORS[suffix] in ("lora_A", "lora_B"):
+                found["embedding" if "embedding" in suffix else "weight"] = tensor
     return factors, others, unexpected
 
 
 def _layer(name: str, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
     if "embedding" in found and "weight" in found:
-        raise AdapterError("it has tensors of a linear layer and of an embedding")
+        raise AdapterError("it has factors of a linear layer and of an embedding")
     A, B = found["lora_A"], found["lora_B"]
     kind = "Embedding" if "embedding" in found else _CONVOLUTIONS.get(A.ndim, "Linear")
     if kind.startswith("Conv"):
