@@ -1,4 +1,4 @@
-"""Every Python block of the README runs; its table is the one that the measured rows give."""
+"""Every Python block of the README and of the guides runs; tables are those that measured rows give."""
 
 import re
 import runpy
@@ -12,25 +12,40 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SECTIONS = re.split(r"^## ", README, flags=re.MULTILINE)
-WITH_CODE = [section for section in SECTIONS if "```python" in section]
+WITH_CODE = {text.splitlines()[0]: text for text in SECTIONS if "```python" in text}
+GUIDES = {name: (ROOT / "docs" / name).read_text() for name in ("phi3.md", "variants.md")}
+# As Phi-3's own: every turn between its role and an end.
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+
+
+@pytest.fixture
+def small_phi3(make_phi3, tmp_path):
+    """A folder with a model and a tokenizer, to stand for the Hub's name."""
+    make_phi3().save_pretrained(tmp_path / "phi3")
+    known = ["[UNK]", "<s>", "</s>", "<|user|>", "<|assistant|>", "LoRA", "What", "<|end|>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", pad_token="[UNK]", chat_template=CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(tmp_path / "phi3")
+    return str(tmp_path / "phi3")
 
 
 @pytest.mark.filterwarnings("ignore:.*this adapter does nothing yet")  # the README does not train
-@pytest.mark.parametrize("section", WITH_CODE, ids=lambda s: s.splitlines()[0])
-def test_the_blocks_of_a_section_run_in_order(section, make_phi3, tmp_path, monkeypatch):
-    """On a small checkpoint in the place of the Hub's name."""
-    make_phi3().save_pretrained(tmp_path / "phi3")
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "LoRA": 5, "What": 6}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "phi3")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*:FutureWarning")  # the published name
+@pytest.mark.parametrize("name", [*WITH_CODE, *GUIDES])
+def test_the_blocks_run_in_order(name, small_phi3, tmp_path, monkeypatch):
+    """Of a section of the README, or of a whole guide."""
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(3, 13)[None]
     namespace = {"batches": [{"input_ids": ids, "labels": ids}]}
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    text = (WITH_CODE | GUIDES)[name]
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        code = block.replace("microsoft/Phi-3-mini-4k-instruct", str(tmp_path / "phi3"))
-        exec(compile(code, "README.md", "exec"), namespace)
+        code = block.replace("microsoft/Phi-3-mini-4k-instruct", small_phi3)
+        exec(compile(code, name, "exec"), namespace)
 
 
 def test_the_table_is_the_measured_one():
