@@ -229,7 +229,7 @@ def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     """Packed mask of x, from the seed or from torch's generator."""
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     if seed is None:
-        bits: Tensor = draw_keep_bits(rows * columns, p, device=x.device)
+        bits: Tensor = draw_keep_bits(rows * columns, p, _own(x), device=x.device)
         return bits
     return seeded_keep_bits(_seed(x, seed), rows, columns, p)
 
@@ -237,12 +237,17 @@ def _draw(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
 def _seed(x: Tensor, seed: Tensor | int | None) -> Tensor:
     """One int64 element on x's device: the caller's, or one from torch's generator."""
     if seed is None:
-        drawn: Tensor = draw_seed(device=x.device)
+        drawn: Tensor = draw_seed(_own(x), device=x.device)
         return drawn
     seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     if seed.numel() != 1:
         raise ValueError(f"seed has shape {tuple(seed.shape)}: expected one element")
     return seed
+
+
+def _own(x: Tensor) -> Tensor:
+    """An empty tensor, which tells this draw from another one of the same size."""
+    return torch.empty(0, device=x.device)
 
 
 def _mask(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:

@@ -46,8 +46,13 @@ def keep_scale(p: float) -> float:
 @torch.library.custom_op(
     "lora::draw_keep_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def draw_keep_bits(numel: int, p: float, *, device: torch.device) -> Tensor:
+def draw_keep_bits(
+    numel: int, p: float, call: Tensor | None = None, *, device: torch.device
+) -> Tensor:
     """Packed mask of `numel` bits from torch's generator: uint8 (8 · ceil(numel / 64),).
+
+    `call`, unused, is a tensor of this call's own, such as `torch.empty(0)`: torch.compile takes two
+    calls with the same arguments for one, seeded or not, and all layers would share one mask.
 
     `device` is a keyword because compiled activation checkpointing looks for it there, to restore
     that device's generator when it draws again.
@@ -66,20 +71,23 @@ def draw_keep_bits(numel: int, p: float, *, device: torch.device) -> Tensor:
 
 
 @draw_keep_bits.register_fake
-def _(numel: int, p: float, *, device: torch.device) -> Tensor:
+def _(numel: int, p: float, call: Tensor | None = None, *, device: torch.device) -> Tensor:
     return torch.empty((8 * ((numel + 63) // 64),), dtype=torch.uint8, device=device)
 
 
 @torch.library.custom_op(
     "lora::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def draw_seed(*, device: torch.device) -> Tensor:
-    """A seed for `seeded_keep_bits` from torch's generator: int64 (1,), on the device itself."""
+def draw_seed(call: Tensor | None = None, *, device: torch.device) -> Tensor:
+    """A seed for `seeded_keep_bits` from torch's generator: int64 (1,), on the device itself.
+
+    `call` as in `draw_keep_bits`.
+    """
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None)
 
 
 @draw_seed.register_fake
-def _(*, device: torch.device) -> Tensor:
+def _(call: Tensor | None = None, *, device: torch.device) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device=device)
 
 

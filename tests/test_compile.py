@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora
+from lora.kernels import dispatch
 
 # What torch itself warns about while it imports its compiler or traces.
 pytestmark = [
@@ -111,3 +112,20 @@ def test_a_patched_phi3_compiles_without_more_breaks_than_the_plain_one(make_phi
         explanation = torch._dynamo.explain(model)(ids, use_cache=False)
         breaks.append(explanation.graph_break_count)
     assert breaks[1] <= breaks[0]
+
+
+def test_every_draw_of_a_compiled_graph_is_one_of_its_own():
+    """The compiler merges calls of an operator with the same arguments, even if it is random."""
+    x = torch.ones(4, 64, requires_grad=True)  # with a backward, which the merging comes before
+
+    def draw():
+        seeds = torch.stack([dispatch._seed(x, None) for _ in range(3)])
+        bits = torch.stack([dispatch._draw(x, 0.5, None) for _ in range(3)])
+        return x * seeds.sum() * bits.sum(), seeds, bits
+
+    torch.manual_seed(0)
+    _, *eager = draw()
+    torch.manual_seed(0)
+    for drawn, wanted in zip(torch.compile(draw)()[1:], eager, strict=True):
+        assert len(drawn.unique(dim=0)) == 3
+        assert torch.equal(drawn, wanted)
