@@ -83,6 +83,7 @@ class Linear(LoRALayer, nn.Linear):
         if fan_in_fan_out:
             self.weight.data = self.weight.data.t().contiguous()
             self.fan_in_fan_out = True
+            self._derive_from_weight()  # norms are added up in another order now
 
     @classmethod
     def from_module(
@@ -198,8 +199,9 @@ class Linear(LoRALayer, nn.Linear):
 
     def _row_scale(self, norms: Tensor) -> Tensor:
         """DoRA's factor of every row of the output: lora_magnitude / ‖W + scaling · B A‖ (out,)."""
-        norms = norms.masked_fill(norms == 0, 1.0)  # a row of zeros stays one
-        return self.all_rows(self.lora_magnitude.to(norms.dtype) / norms, 1.0)
+        magnitude = self.lora_magnitude.to(norms.dtype)
+        norms = norms.to(self.lora_magnitude.dtype).to(norms.dtype)  # rounded alike: 1 at first
+        return self.all_rows(magnitude / norms.masked_fill(norms == 0, 1.0), 1.0)
 
     def all_rows(self, values: Tensor, fill: float) -> Tensor:
         """`values` in the rows that have an update, `fill` in the others (out,)."""

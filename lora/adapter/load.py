@@ -273,8 +273,8 @@ def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dt
     for own, value in layer.parameters().items():
         trained = not new.is_frozen(own)
         new._parameters.pop(own, None)  # so that the order is that of the layer that was saved
-        value = value.to(place, new.update_dtype(own, dtype), copy=True)
-        new._parameters[own] = nn.Parameter(value, trained)
+        kept = torch.promote_types(dtype, value.dtype) if own == "lora_magnitude" else dtype
+        new._parameters[own] = nn.Parameter(value.to(place, kept, copy=True), trained)
     return new
 
 
