@@ -1,153 +1,311 @@
-"""One training step of Phi-3-mini: forward, loss, backward, and AdamW on the factors.
+"""Time and peak memory of a Phi-3's training step: forward, loss, backward, AdamW on the factors.
 
-The real configuration with random weights in bf16. "frozen" is the floor: forward and backward to the
-input embeddings, nothing trained. Models are too large to be held side by side, so each provider runs
-its steps alone and its ratio to the floor is one of medians. Checked first: before any step B = 0, so
-the loss is the frozen model's.
+The real architecture with random weights; on a CPU of four layers, with the sizes divided by 8.
+"frozen" is the floor: forward and backward to the input embeddings, nothing trained.
 
-    python benchmarks/bench_step.py --device cuda [--csv FILE]
+    grid          frozen, lora, PEFT; without and with gradient checkpointing; fp32, bf16, autocast
+    compile       the same through torch.compile
+    accumulation  the tokens in four micro-batches
+    optimizer     AdamW's other implementations; everywhere else it is the fused one
+    variants      lora's variants and PEFT's DoRA
+    sweep         2k to 32k tokens in one sequence, checkpointed; on a CPU one layer of one head
+
+Every combination runs in a fresh process, so that its peak is its own and no compiler's or allocator's
+leavings help the next one. Measuring in pairs is therefore not possible: the machine may change between
+two processes. So the floor runs again after the others of its group (whose ratios are over the median
+of its runs), and the spread of its medians is printed: smaller differences say nothing.
+
+peak_mb is the most that is held during a step over what is held before it (weights, factors, moments):
+on CUDA by the allocator, on Linux by the process, on other systems empty. Checked first: before any
+step the update is zero, so the loss is the frozen model's.
+
+    python benchmarks/bench_step.py [--device cuda] [--quick] [--parts grid ...] [--csv FILE]
 """
 
 import argparse
+import contextlib
+import ctypes
+import dataclasses
 import gc
-import itertools
+import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-import lora
-
-from harness import paired_times, peak_mb, quantile, time_cells, write_csv
+from harness import PHI_3_MINI, paired_times, peak_mb, quantile, time_cells, write_csv
 
 R, LORA_ALPHA, DROPOUT = 16, 32, 0.05
-TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 LOSS_BOUND = 1e-2  # of the frozen loss, in bf16
+DTYPES = ("bf16", "fp32", "autocast")
+CHECKPOINTING = ("none", "non-reentrant", "reentrant")
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"lora_bias": True},
+    {"use_lorafa": True},
+    {"init_lora_weights": "pissa_niter_4"},
+)
 
 
-def build(layers: int, shrink: int, device: str) -> nn.Module:
-    """A frozen Phi-3-mini, made on the device itself."""
-    heads = max(32 // shrink, 1)
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """All that a process of its own needs to know."""
+
+    device: str
+    layers: int
+    shrink: int
+    batch: int
+    length: int
+    rounds: int
+    provider: str = "frozen"
+    dtype: str = "bf16"
+    checkpointing: str = "none"
+    compiled: bool = False
+    micro_batches: int = 1
+    optimizer: str = "fused"
+    variant: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def cells(self) -> dict[str, Any]:
+        """What a row says of it."""
+        kind = ["step"] + ["compiled"] * self.compiled
+        kind += [self.checkpointing] if self.checkpointing != "none" else []
+        kind += [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
+        kind += [f"{self.optimizer} AdamW"] if self.optimizer != "fused" else []
+        size = "phi-3-mini" if self.shrink == 1 else f"phi-3-mini / {self.shrink}"
+        cells: dict[str, Any] = {"bench": "step", "layer": f"{size}, {self.layers} layers"}
+        cells |= {"dtype": self.dtype, "tokens": self.batch * self.length, "pass": ", ".join(kind)}
+        cells |= {"p": DROPOUT, "rank": R} if self.provider != "frozen" else {}
+        names = [v if isinstance(v, str) else name for name, v in self.variant.items()]
+        return {**cells, "provider": " ".join([self.provider, *names])}
+
+
+def build(c: Combination) -> nn.Module:
+    """The frozen model, made on the device itself."""
+    import transformers
+
+    heads = max(32 // c.shrink, 1)
     config = transformers.Phi3Config(
-        vocab_size=32064 // shrink,
+        vocab_size=32064 // c.shrink,
         hidden_size=96 * heads,
-        intermediate_size=8192 // shrink,
-        num_hidden_layers=layers,
+        intermediate_size=8192 // c.shrink,
+        num_hidden_layers=c.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=max(c.length, 4096),
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
         use_cache=False,
     )
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(c.device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            config,
+            dtype=torch.bfloat16 if c.dtype == "bf16" else torch.float32,
+            attn_implementation="sdpa",
         )
     return model.requires_grad_(False)
 
 
-def _frozen(model: nn.Module) -> nn.Module:
-    model.enable_input_require_grads()
-    return model
+def adapt(model: nn.Module, c: Combination) -> nn.Module:
+    options = {"r": R, "lora_alpha": LORA_ALPHA, "lora_dropout": DROPOUT, **c.variant}
+    if c.provider == "lora":
+        import lora
+
+        model = lora.patch_phi3(model, target_modules="all-linear", **options)
+    elif c.provider == "peft":
+        import peft
+
+        targets = list(PHI_3_MINI)
+        config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **options)
+        model = peft.get_peft_model(model, config)
+    if c.checkpointing != "none":
+        reentrant = c.checkpointing == "reentrant"
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if not reentrant:  # which needs no input that requires gradients; the hook breaks the graph
+            model.disable_input_require_grads()
+    return model.train()
 
 
-def _ours(model: nn.Module) -> nn.Module:
-    return lora.patch_phi3(
-        model, r=R, lora_alpha=LORA_ALPHA, lora_dropout=DROPOUT, target_modules="all-linear"
-    )
-
-
-def _peft(model: nn.Module) -> nn.Module:
-    import peft
-
-    config = peft.LoraConfig(
-        r=R,
-        lora_alpha=LORA_ALPHA,
-        lora_dropout=DROPOUT,
-        target_modules=TARGETS,
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, config)
-
-
-PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "frozen": _frozen,
-    "lora": _ours,
-    "peft": _peft,
-}
-
-
-def bench(
-    provider: str, checkpointing: bool, ids: Tensor, args: argparse.Namespace
-) -> tuple[list[float], float | str, float]:
-    """(seconds a step, peak MB with the model, loss before any step)."""
-    device = args.device
-    model = PROVIDERS[provider](build(args.layers, args.shrink, device)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def measure(c: Combination) -> dict[str, Any]:
+    """Seconds of every round, the peak of one more step, the loss before any step."""
+    model = adapt(build(c), c)
     trained = [q for q in model.parameters() if q.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    implementation = {} if c.optimizer == "for-loop" else {c.optimizer: True}
+    implementation = implementation or {"fused": False, "foreach": False}
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, **implementation) if trained else None
+    ids = torch.randint(3, 32064 // c.shrink, (c.batch, c.length), device=c.device)
+    casts = c.dtype == "autocast"
+    losses = []
 
-    def step() -> Tensor:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        return model(**inputs).loss
+
+    run = torch.compile(forward) if c.compiled else forward
+
+    def step() -> None:
+        total = ids.new_zeros((), dtype=torch.float32)
+        for micro in ids.chunk(c.micro_batches):
+            inputs = {"input_ids": micro, "labels": micro}
+            if not trained:  # something must ask for gradients, outside of what is compiled
+                embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+                inputs["inputs_embeds"] = embedded.detach().requires_grad_()
+            with torch.autocast(c.device, torch.bfloat16) if casts else contextlib.nullcontext():
+                loss = run(inputs) / c.micro_batches
+            loss.backward()
+            total += loss.detach()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
-        return loss.detach()
+        losses.append(total)
 
-    loss = float(step())
-    times = paired_times({provider: step}, args.rounds, device)[provider]
-    peak = peak_mb(step, device)
-    if device == "cuda":
-        peak += round(torch.cuda.memory_allocated() / 1e6, 1)
-    return times, peak, loss
+    times = paired_times({c.provider: step}, c.rounds, c.device)[c.provider]
+    peak = peak_mb(step, c.device) if c.device == "cuda" else host_peak_mb(step)
+    return {"times": times, "peak": peak, "loss": float(losses[0])}
+
+
+def host_peak_mb(step: Callable[[], None]) -> float | str:
+    """Most that the process holds during the step, over what it held before; Linux alone tells."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return ""
+
+    def kib(name: str) -> int:
+        return int(status.read_text().partition(f"{name}:")[2].split()[0])
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or pages that earlier steps freed would hide this one's
+    reset.write_text("5")  # the high-water mark begins anew
+    before = kib("VmRSS")
+    step()
+    return round((kib("VmHWM") - before) * 1024 / 1e6, 1)
+
+
+def in_its_own_process(c: Combination) -> dict[str, Any] | str:
+    """What `measure` gives, or the last words of a process that failed."""
+    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(dataclasses.asdict(c))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+Group = list[Combination]
+
+
+def groups(args: argparse.Namespace) -> Iterator[Group]:
+    """Combinations that share a floor, which runs first, and again last unless it takes minutes."""
+    sizes = {key: getattr(args, key) for key in ("device", "layers", "shrink", "batch", "length")}
+    plain = Combination(**sizes, rounds=args.rounds, dtype=args.dtypes[0])
+
+    def three(floor: Combination) -> Group:
+        lora, peft = (dataclasses.replace(floor, provider=name) for name in ("lora", "peft"))
+        return [floor, lora, peft] if args.quick else [floor, lora, peft, floor]
+
+    if "grid" in args.parts:
+        for dtype in args.dtypes:
+            for how in args.checkpointing:
+                if how == "reentrant" and dtype != args.dtypes[0]:
+                    continue  # it differs from the other one in what dtypes do not change
+                yield three(dataclasses.replace(plain, dtype=dtype, checkpointing=how))
+    if "compile" in args.parts:
+        for dtype in args.dtypes if args.device == "cuda" else args.dtypes[:1]:
+            for how in args.checkpointing:
+                if how != "reentrant":  # to the compiler they are one
+                    changes = {"dtype": dtype, "checkpointing": how, "compiled": True}
+                    yield three(dataclasses.replace(plain, **changes))[:3]
+    if "accumulation" in args.parts:
+        yield three(dataclasses.replace(plain, micro_batches=min(4, args.batch)))
+    ours = dataclasses.replace(plain, provider="lora")
+    if "optimizer" in args.parts:
+        others = [dataclasses.replace(ours, optimizer=name) for name in ("foreach", "for-loop")]
+        yield [plain, ours, *others, plain]
+    if "variants" in args.parts:
+        kinds = [dataclasses.replace(ours, variant=variant) for variant in VARIANTS]
+        dora = dataclasses.replace(ours, provider="peft", variant={"use_dora": True})
+        yield [plain, ours, *kinds, dora, ours, plain]
+    if "sweep" in args.parts:
+        on_gpu = args.device == "cuda"
+        changes = {"checkpointing": "non-reentrant", "batch": 1, "rounds": 1}
+        changes |= {} if on_gpu else {"layers": 1, "shrink": 32}
+        for length in (2048, 4096, 8192, 16384, 32768) if on_gpu else (2048, 8192, 32768):
+            yield three(dataclasses.replace(plain, length=length, **changes))[:3]
+
+
+def rows_of(done: list[tuple[Combination, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row each, with its ratio to the median of the floor's medians."""
+    floor = quantile([quantile(m["times"], 0.5) for c, m in done if c.provider == "frozen"], 0.5)
+    rows = []
+    for c, measured in done:
+        median = quantile(measured["times"], 0.5)
+        row = {**c.cells(), **time_cells(measured["times"]), "peak_mb": measured["peak"]}
+        row["over_frozen"] = round(median / floor, 4)
+        row["tokens_per_s"] = round(c.batch * c.length / median, 1)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two rounds")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--shrink", type=int, default=1, help="divide all sizes; at most 32")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--quick", action="store_true", help="bf16, two rounds, one floor a group")
+    parts = ("grid", "compile", "accumulation", "optimizer", "variants", "sweep")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="default all, with --quick grid")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=CHECKPOINTING)
+    parser.add_argument("--layers", type=int, help="default 32, on a CPU 4")
+    parser.add_argument("--shrink", type=int, help="divide all sizes; default 1, on a CPU 8")
+    parser.add_argument("--batch", type=int, help="default 2, on a CPU 4")
+    parser.add_argument("--length", type=int, help="default 4096, on a CPU 256")
+    parser.add_argument("--rounds", type=int, help="default 3, on a CPU 5")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.rounds = 2 if args.quick else 3
-    tokens, rows, wrong, floors = args.batch * args.length, [], [], {}
-    torch.manual_seed(0)
-    ids = torch.randint(3, 32064 // args.shrink, (args.batch, args.length), device=args.device)
-    for checkpointing, provider in itertools.product((False, True), PROVIDERS):
-        times, peak, loss = bench(provider, checkpointing, ids, args)
-        gc.collect()  # the model is a cycle; the next one needs its memory
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-        kind = "step, checkpointed" if checkpointing else "step"
-        median = quantile(times, 0.5)
-        floor, floor_loss = floors.setdefault(checkpointing, (median, loss))
-        if not abs(loss - floor_loss) <= LOSS_BOUND * floor_loss:
-            wrong.append(
-                f"{provider}, {kind}: loss {loss} where the frozen model's is {floor_loss}"
+    if args.one:
+        print(json.dumps(measure(Combination(**json.loads(args.one)))))
+        return
+    sizes = {"layers": (32, 4), "shrink": (1, 8), "batch": (2, 4), "length": (4096, 256)}
+    for name, (on_gpu, on_cpu) in {**sizes, "rounds": (3, 5)}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, on_gpu if args.device == "cuda" else on_cpu)
+    args.rounds = 2 if args.quick else args.rounds
+    args.parts = args.parts or (["grid"] if args.quick else parts)
+    args.dtypes = args.dtypes or (["bf16"] if args.quick else DTYPES)
+    rows: list[dict[str, Any]] = []
+    wrong = []
+    for group in groups(args):
+        done: list[tuple[Combination, dict[str, Any]]] = []
+        for c in group:
+            measured = in_its_own_process(c)
+            label = "{pass}, {dtype}, {tokens} tokens, {provider}".format(**c.cells())
+            if isinstance(measured, str):
+                wrong.append(f"{label}: {measured}")
+                if not done:
+                    break  # without a floor there is no ratio
+                continue
+            loss, expected = measured["loss"], done[0][1]["loss"] if done else measured["loss"]
+            if not abs(loss - expected) <= LOSS_BOUND * expected:
+                wrong.append(f"{label}: loss {loss} where the frozen model's is {expected}")
+                continue
+            done.append((c, measured))
+            of_group = rows_of(done)
+            last = of_group[-1]
+            print(
+                f"{label:70}{last['ms_p50']:>10} ms, {last['over_frozen']:.2f}, "
+                f"{last['peak_mb'] or '?'} MB",
+                flush=True,
             )
-            continue
-        row = {"bench": "step", "layer": "phi-3-mini", "dtype": "bf16", "tokens": tokens}
-        row |= {"pass": kind, "provider": provider, **time_cells(times), "peak_mb": peak}
-        row |= {"p": DROPOUT, "rank": R} if provider != "frozen" else {}
-        row |= {"over_frozen": round(median / floor, 4), "tokens_per_s": round(tokens / median, 1)}
-        rows.append(row)
-        memory = f", {peak} MB at most" if peak else ""
-        print(
-            f"{kind:20}{provider:8}{row['tokens_per_s']:>12} tokens/s, {row['over_frozen']}{memory}"
-        )
-        if args.csv:
-            write_csv(args.csv, rows, args.device)
+            if args.csv:
+                write_csv(args.csv, rows + of_group, args.device)
+        rows += rows_of(done) if done else []
+        floors = [quantile(m["times"], 0.5) for c, m in done if c.provider == "frozen"]
+        if len(floors) > 1:
+            print(f"{'the floor differs by':70}{max(floors) / min(floors) - 1:>12.1%}")
     if wrong:
         sys.exit("wrong, so not reported:\n" + "\n".join(wrong))
 

@@ -89,6 +89,81 @@ def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path):
     assert all(" ok, " in line for line in summary), summary
 
 
+SMALL = {"device": "cpu", "layers": 1, "shrink": 32, "batch": 2, "length": 32, "rounds": 1}
+STEPS = {
+    "fp32": {"dtype": "fp32"},
+    "autocast": {"dtype": "autocast"},
+    "reentrant": {"checkpointing": "reentrant"},
+    "non-reentrant": {"checkpointing": "non-reentrant"},
+    "micro-batches": {"micro_batches": 2},
+    "for-loop": {"optimizer": "for-loop"},
+    "foreach": {"optimizer": "foreach"},
+}
+
+
+# transformers is renaming the method that all its releases have
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("name", STEPS)
+def test_every_step_is_the_frozen_models_at_first(name):
+    from bench_step import VARIANTS, Combination, measure
+
+    floor = measure(Combination(**SMALL, **STEPS[name]))
+    variants = VARIANTS if name == "fp32" else ({},)
+    for variant in variants:
+        ours = measure(Combination(**SMALL, **STEPS[name], provider="lora", variant=variant))
+        assert ours["loss"] == pytest.approx(floor["loss"], rel=1e-2)
+        assert all(seconds > 0 for seconds in ours["times"])
+        assert len(ours["times"]) == SMALL["rounds"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_the_peak_is_that_of_the_step_alone():
+    from bench_step import host_peak_mb
+
+    held = torch.ones(40_000_000)
+    peak = host_peak_mb(lambda: torch.ones(20_000_000).sum())
+    assert 75 <= peak < 100  # the kernel counts pages in batches
+    assert held[-1] == 1
+
+
+def test_a_process_that_fails_gives_its_last_words():
+    from bench_step import Combination, in_its_own_process
+
+    c = Combination(**SMALL, provider="lora", variant={"lora_alpha": float("inf")})
+    assert "lora_alpha=inf" in in_its_own_process(c)
+
+
+def test_the_floor_is_the_median_of_its_runs_and_the_table_says_so(tmp_path, monkeypatch):
+    import readme_table
+    from bench_step import Combination, rows_of
+
+    from harness import write_csv
+
+    def run(seconds, peak, **changes):
+        return Combination(**SMALL, **changes), {"times": [seconds], "peak": peak, "loss": 1.0}
+
+    lora, dora = {"provider": "lora"}, {"provider": "lora", "variant": {"use_dora": True}}
+    done = [run(0.1, 50), run(0.11, 60, **lora), run(0.22, 90, **dora), run(0.12, 50)]
+    rows = rows_of(done)
+    assert [row["over_frozen"] for row in rows] == [0.9091, 1.0, 2.0, 1.0909]
+    write_csv(tmp_path / "step_cpu.csv", rows, "cpu")
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    lines = readme_table.training_table().splitlines()
+    assert lines[2] == (
+        "| phi-3-mini / 32, 1 layers: step | bf16 | 64 "
+        "| 110 ms, 100 to 120 (50 MB) | 1.00 (60 MB) | – |"
+    )
+    assert "| lora use_dora | 2.00 | 1.50 |" in lines
+
+
+def test_the_training_table_is_the_measured_one():
+    import readme_table
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    shown = text.partition(readme_table.BEGIN)[2].partition(readme_table.END)[0]
+    assert shown.strip() == readme_table.training_table().strip()
+
+
 def test_a_part_that_fails_or_has_no_time_is_told(monkeypatch, capsys):
     import run_gpu
 
