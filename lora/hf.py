@@ -9,8 +9,8 @@ transformers. In a checkpoint folder lie then, beside the Trainer's own files,
                           it a description of the adapter, so that another one is refused
 
 and never the base, nor a config.json, with which `from_pretrained` would take the folder for a whole
-model and fill it with random weights. Not handled: sharded training (FSDP, DeepSpeed ZeRO-3), where
-the Trainer hands over a gathered state dict, which is saved whole, as without this module.
+model and fill it with random weights. Not served, and refused by name: FSDP, DeepSpeed, and generation
+by vLLM, which is sent the model's parameters and knows no update.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -59,14 +60,16 @@ class AdapterCallback(TrainerCallback):
     Checkpoints and `trainer.save_model` hold the adapter alone (see the module). `train(
     resume_from_checkpoint=...)` goes on from one, on a CPU to the bit, and refuses one of another
     adapter or base by an AdapterError before anything is loaded. The adapter of the best evaluation
-    of the training, by `metric_for_best_model` (or else the loss), is kept in `output_dir/best`,
-    whether that step was saved or not.
+    of the training, by `metric_for_best_model` (or else by `eval_loss`, where the Trainer has one), is
+    kept in `output_dir/best`, whether that step was saved or not.
 
     The model's `save_pretrained` saves the adapter from then on; after `lora.unpatch`, or with a
     `state_dict` of your own, the plain model as before.
 
     Raises ValueError when the Trainer is built: a model without LoRA layers, a compiled one, one
-    that is none of transformers'; with TRL, `sync_ref_model` and an update of the output head.
+    that is none of transformers', FSDP, DeepSpeed; with TRL, `sync_ref_model`, `use_vllm` and an
+    update of the output head. When training begins: a resumed one whose model `model_init` has made
+    meanwhile, since its checkpoint was loaded without a check.
     """
 
     def __init__(self) -> None:
@@ -76,11 +79,29 @@ class AdapterCallback(TrainerCallback):
         _save_adapters_only(kwargs["model"], args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _save_adapters_only(kwargs["model"], args)  # with model_init it is another one than before
+        model = kwargs["model"]
+        known = isinstance(model.__dict__.get("save_pretrained"), _AdapterOnly)
+        if not known and state.global_step > 0:
+            raise ValueError(
+                "model_init made another model after its checkpoint was checked: resume with "
+                "Trainer(model=...), patched as it was for that run"
+            )
+        _save_adapters_only(model, args)  # with model_init it is another one than before
+        self._training = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False  # should the step be interrupted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = False
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the adapter where the Trainer uploads from, which without PEFT leaves it behind."""
+        if args.should_save:
+            save_adapter(kwargs["model"], args.output_dir)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the adapter if no earlier evaluation, in the Trainer's own log, was as good."""
@@ -89,8 +110,7 @@ class AdapterCallback(TrainerCallback):
         value = kwargs["metrics"].get(key)
         if not self._training or value is None or not math.isfinite(value) or not args.should_save:
             return
-        upwards = args.greater_is_better
-        sign = 1 if (not metric.endswith("loss") if upwards is None else upwards) else -1
+        sign = 1 if args.greater_is_better else -1
         earlier = [e[key] for e in state.log_history if key in e and e["step"] < state.global_step]
         if all(sign * value > sign * other for other in earlier if math.isfinite(other)):
             save_adapter(kwargs["model"], Path(args.output_dir) / _BEST)
@@ -155,7 +175,10 @@ class _AdapterOnly:
     def _save_what_trains(self, folder: Path) -> None:
         from safetensors.torch import save
 
-        tensors = {name: p.detach().cpu().clone() for name, p in _trained(self.model).items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in _trained(self.model).items()
+        }
         described = bytearray(json.dumps(_describe(self.model)).encode())
         tensors[_DESCRIPTION] = torch.frombuffer(described, dtype=torch.uint8)
         write_file(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
@@ -207,6 +230,18 @@ def _check(model: nn.Module, args: Any) -> None:
             f"{kind} has no LoRA layers: call lora.patch_phi3(model) or lora.patch(model, ...) "
             "before the Trainer is built"
         )
+    for engine in ("fsdp", "deepspeed"):
+        by_accelerate = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower()
+        if getattr(args, engine, None) or by_accelerate in ("1", "true"):
+            raise ValueError(
+                f"{engine}: its checkpoints are not the adapter's; leave AdapterCallback out, and "
+                "lora.save_adapter the gathered model at the end"
+            )
+    if getattr(args, "use_vllm", False):
+        raise ValueError(
+            "use_vllm=True: vLLM is sent the model's parameters, without the update in them; "
+            "expected False"
+        )
     if getattr(args, "sync_ref_model", False):
         raise ValueError(
             "sync_ref_model=True: it writes into the reference's weights, which are the frozen "
@@ -223,10 +258,16 @@ def _check(model: nn.Module, args: Any) -> None:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's Parameters and whatever else trains, by the model's own names, each once."""
+    """The adapter's tensors and whatever else trains, by the model's own names, each once."""
     chosen = {id(p) for p in adapter_parameters(model, bias_mode(model))}
-    named = model.named_parameters()
-    return {name: p for name, p in named if p.requires_grad or id(p) in chosen}
+    for _, module in full_modules(model):  # with its running statistics
+        chosen |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    first: dict[int, str] = {}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if tensor.requires_grad or id(tensor) in chosen:
+            first.setdefault(id(tensor), name)
+    return {name: state[name] for name in first.values()}
 
 
 def _describe(model: nn.Module) -> _Description:

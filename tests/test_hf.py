@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -444,6 +446,92 @@ def test_model_init(make_trainer, make_phi3, tmp_path):
     saved = Path(trainer.args.output_dir, "checkpoint-3")
     assert same(factors(loaded(make_phi3(), saved)), factors(trainer.model))
     assert "config.json" not in {path.name for path in saved.iterdir()}
+
+
+def test_resuming_a_model_that_model_init_makes_is_refused(make_trainer, make_phi3):
+    """Its checkpoint is loaded before the callback can see the model."""
+    args = make_trainer(max_steps=3).args
+    trainer = Trainer(
+        model_init=lambda: lora.patch_phi3(make_phi3(), **PATCH),
+        args=args,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=[lora.hf.AdapterCallback()],
+    )
+    trainer.train()
+    with pytest.raises(ValueError, match="model_init made another model"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_save_otherwise_are_refused(engine, make_phi3, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    model = lora.patch_phi3(make_phi3(), **PATCH)
+    with pytest.raises(ValueError, match=f"{engine}: its checkpoints"):
+        lora.hf.AdapterCallback().on_init_end(SimpleNamespace(), None, None, model=model)
+    assert "save_pretrained" not in model.__dict__
+
+
+def test_generation_by_vllm_is_refused(make_phi3):
+    model = lora.patch_phi3(make_phi3(), **PATCH)
+    with pytest.raises(ValueError, match="use_vllm=True"):
+        lora.hf.AdapterCallback().on_init_end(
+            SimpleNamespace(use_vllm=True), None, None, model=model
+        )
+
+
+def test_an_evaluation_after_an_interrupted_training_keeps_nothing(make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer()
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    best = Path(trainer.args.output_dir, "best", "adapter_model.safetensors").read_bytes()
+    for parameter in lora.lora_state_dict(trainer.model).values():
+        parameter.zero_()
+    trainer.state.log_history.clear()  # so that any loss would be the best
+    trainer.evaluate()
+    assert Path(trainer.args.output_dir, "best", "adapter_model.safetensors").read_bytes() == best
+
+
+def test_uploads_take_the_adapter_along(make_trainer):
+    """The Trainer itself copies it into the folder that it uploads with PEFT installed alone."""
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    assert {path.name for path in Path(trainer.args.output_dir).iterdir()} >= ADAPTER
+
+
+def test_running_statistics_of_a_module_that_trains_in_full_are_resumed(make_trainer, make_phi3):
+    def patched():
+        model = make_phi3()
+        model.model.norm = Counted(model.model.norm)
+        torch.manual_seed(1)
+        return lora.patch_phi3(model, **PATCH, modules_to_save=["norm"])
+
+    whole = make_trainer(patched(), folder="whole")
+    whole.train()
+    resumed = make_trainer(patched(), folder="whole")
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-3")))
+    counts = [trainer.model.model.norm.calls for trainer in (whole, resumed)]
+    assert counts == [8, 8]
+
+
+class Counted(torch.nn.Module):
+    """A norm that counts its training steps in its state."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.norm = torch.nn.Parameter(torch.ones(64)), norm
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.norm(x) * self.weight
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
