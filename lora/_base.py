@@ -159,16 +159,22 @@ class LoRALayer(_Module):
         raise NotImplementedError(f"{type(self).__name__} does not define _factor_shapes()")
 
     def _add_factors(self, dtype: torch.dtype | None = None) -> None:
-        """Register the update's parameters (zeros, on weight's device) and freeze weight."""
+        """Register the update's parameters: zeros, on weight's device."""
         if self.r == 0:
             return
         for own, shape in self._update_shapes().items():
-            zeros = self.weight.new_zeros(shape, dtype=self.update_dtype(own, dtype))
+            zeros = self.weight.new_zeros(shape, dtype=self._update_dtype(own, dtype))
             setattr(self, own, nn.Parameter(zeros, not self.is_frozen(own)))
-        self.weight.requires_grad = False
 
-    def update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
-        """Of the update's parameter `own`, if factors of `dtype` (None: weight's) were asked for."""
+    def _adapt(self, dtype: torch.dtype | None) -> None:
+        """Add a fresh update to the pretrained weight; freeze that last, when nothing can fail."""
+        if self.r > 0:
+            self._add_factors(dtype)
+            self._reset_factors()
+            self.weight.requires_grad = False
+
+    def _update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
+        """Of the update's parameter `own`, where factors of `dtype` (None: weight's) are asked for."""
         return dtype or self.weight.dtype
 
     def _update_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -225,9 +231,10 @@ class LoRALayer(_Module):
         plain.__dict__["_buffers"] = self._buffers.copy()
         plain.__dict__["_modules"] = {k: m for k, m in self._modules.items() if k != "lora_dropout"}
         if merge and self.r > 0:
-            trains = self.weight.requires_grad
-            plain.weight = nn.Parameter(self.merged_weight(), trains)
+            plain.weight = nn.Parameter(self.merged_weight(), self.weight.requires_grad)
             if "lora_bias" in self.variant and (bias := self.total_bias()) is not None:
+                like = self._parameters.get("bias")
+                trains = (self.weight if like is None else like).requires_grad
                 plain.bias = nn.Parameter(bias.detach(), trains)
         return plain
 
@@ -241,7 +248,7 @@ class LoRALayer(_Module):
         """The merged weight if this forward may use it, made anew if it is missing or stale."""
         if self.training or not self.merge_weights or torch.compiler.is_compiling():
             return None
-        sources = (self.weight, *self.update_parameters().values())
+        sources = self._merged_from()
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
             self._look_closer = True
             if self.weight.requires_grad:
@@ -255,7 +262,7 @@ class LoRALayer(_Module):
         None if a tensor is no plain Parameter with values and a count of its changes: on the meta
         device, fake, born in inference mode, or put in by `torch.func.functional_call`.
         """
-        sources = (self.weight, *self.update_parameters().values())
+        sources = self._merged_from()
         if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in sources):
             return None
         versions = (self.scaling, *((id(t), t.data_ptr(), t._version) for t in sources))
@@ -270,6 +277,10 @@ class LoRALayer(_Module):
         self._merged = _Merged(self.merged_weight(), self.weight.detach(), versions, factors)
         self.merged, self._look_closer = True, False
         return self._merged.weight
+
+    def _merged_from(self) -> tuple[Tensor, ...]:
+        """The weight, and the update's tensors, be they Parameters or parametrised."""
+        return (self.weight, *(getattr(self, own) for own in self._update_shapes()))
 
     def _drop_merged(self) -> None:
         self._merged, self.merged = None, False

@@ -56,6 +56,8 @@ class _Conv(LoRALayer, _Base):
         self._plain.__init__(self, in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights, **variant)
         self._add_factors()
+        if self.r > 0:
+            self.weight.requires_grad = False
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
 
     @classmethod
@@ -73,9 +75,7 @@ class _Conv(LoRALayer, _Base):
         """Wrap a pretrained convolution, keeping its very Parameters (see `Linear.from_module`)."""
         new = cls._adopt(layer, (cls._plain,))
         LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights, **variant)
-        new._add_factors(lora_dtype)
-        if r > 0:
-            new._reset_factors()
+        new._adapt(lora_dtype)
         return new
 
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

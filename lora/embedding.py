@@ -47,6 +47,8 @@ class Embedding(LoRALayer, nn.Embedding):
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights, **variant)
         self._check_options()
         self._add_factors()
+        if self.r > 0:
+            self.weight.requires_grad = False
         if kwargs.get("_weight") is None:
             self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
         elif r > 0:
@@ -67,9 +69,7 @@ class Embedding(LoRALayer, nn.Embedding):
         new = cls._adopt(layer, (nn.Embedding,))
         LoRALayer.__init__(new, r, lora_alpha, 0.0, merge_weights, **variant)
         new._check_options()
-        new._add_factors(lora_dtype)
-        if r > 0:
-            new._reset_factors()
+        new._adapt(lora_dtype)
         return new
 
     def _check_options(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ._base import LoRALayer
 from .kernels import lora_linear
 from .kernels.ops import autocast_off
-from .variants import NAMES, principal_factors, row_norms, taken_from
+from .variants import NAMES, checked, principal_factors, row_norms, taken_from
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,8 +39,8 @@ class Linear(LoRALayer, nn.Linear):
     has their formulas and papers):
         use_rslora=True: scaling = lora_alpha / √r.
         use_dora=True: y = lora_magnitude / ‖W + scaling · B A‖ ∘ (x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ)
-            + bias, with lora_magnitude (out,), ‖W‖ at first, and the norms of rows, which have no
-            gradient. It reads W once more a forward, and keeps y for backward.
+            + bias, with lora_magnitude (out,), in at least fp32, ‖W‖ at first, and the norms of
+            rows, which have no gradient. It reads W once more a forward, and keeps y for backward.
         init_lora_weights="pissa" or "pissa_niter_N": B A - lora_B0 lora_A0 in the place of B A; both
             pairs begin as W's principal part; lora_A0 and lora_B0 stay. Twice the rank's cost.
         use_lorafa=True: lora_A is never trained; S alone is kept for backward, not x.
@@ -79,11 +79,13 @@ class Linear(LoRALayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights, **variant)
         self._add_factors()
+        if self.r > 0:
+            self.weight.requires_grad = False
         self.reset_parameters()  # draws the weight again, as loralib does: same seed, same bits
         if fan_in_fan_out:
             self.weight.data = self.weight.data.t().contiguous()
             self.fan_in_fan_out = True
-            self._derive_from_weight()  # norms are added up in another order now
+            self._derive_magnitude()  # norms are added up in another order now
 
     @classmethod
     def from_module(
@@ -112,13 +114,12 @@ class Linear(LoRALayer, nn.Linear):
             new.in_features, new.out_features = layer.weight.shape  # type: ignore[misc]
             new.fan_in_fan_out = True
         new._set_parts(**options)
-        new._add_factors(lora_dtype)
-        if r > 0:
-            new._reset_factors()
+        new._adapt(lora_dtype)
         return new
 
-    def _set_parts(self) -> None:
+    def _set_parts(self, **unknown: Any) -> None:
         """Check and set what MergedLinear adds; a Linear has no such options."""
+        checked(type(self).__name__, unknown)  # type: ignore[arg-type]
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
@@ -139,9 +140,9 @@ class Linear(LoRALayer, nn.Linear):
             shapes["lora_bias"] = shape_B[:1]
         return shapes
 
-    def update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
-        asked = super().update_dtype(own, dtype)
-        if own == "lora_magnitude":  # rounded to half precision it would not be the norm to the bit
+    def _update_dtype(self, own: str, dtype: torch.dtype | None) -> torch.dtype:
+        asked = super()._update_dtype(own, dtype)
+        if own == "lora_magnitude":  # in half precision its steps would round to nothing
             return torch.promote_types(asked, torch.float32)
         return asked
 
@@ -181,6 +182,10 @@ class Linear(LoRALayer, nn.Linear):
             A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
             for own, value in {"lora_A": A, "lora_A0": A, "lora_B": B, "lora_B0": B}.items():
                 getattr(self, own).copy_(value)
+        self._derive_magnitude()
+
+    @torch.no_grad()
+    def _derive_magnitude(self) -> None:
         if "use_dora" in self.variant:
             self.lora_magnitude.copy_(self._row_norms())
 
@@ -200,7 +205,7 @@ class Linear(LoRALayer, nn.Linear):
     def _row_scale(self, norms: Tensor) -> Tensor:
         """DoRA's factor of every row of the output: lora_magnitude / ‖W + scaling · B A‖ (out,)."""
         magnitude = self.lora_magnitude.to(norms.dtype)
-        norms = norms.to(self.lora_magnitude.dtype).to(norms.dtype)  # rounded alike: 1 at first
+        norms = norms.to(self.lora_magnitude.dtype).to(norms.dtype)  # where the model was cast
         return self.all_rows(magnitude / norms.masked_fill(norms == 0, 1.0), 1.0)
 
     def all_rows(self, values: Tensor, fill: float) -> Tensor:

@@ -94,7 +94,7 @@ class MergedLinear(Linear):
             **variant,
         )
 
-    def _set_parts(
+    def _set_parts(  # type: ignore[override]  # its options are named here
         self, enable_lora: Sequence[bool] = (False,), out_splits: Sequence[int] | None = None
     ) -> None:
         parts = _checked_parts(self.out_features, self.r, enable_lora, out_splits)

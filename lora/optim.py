@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ._base import lora_layers
 from .embedding import Embedding
 
+_ROLES = {"lora_A": "rest", "lora_B": "B"}
+
 
 def parameter_groups(
     model: nn.Module,
@@ -22,8 +24,8 @@ def parameter_groups(
     """Parameter groups of what trains in `model`, to construct any optimizer of torch.optim with.
 
     LoRA+ (arXiv 2402.12354, sections 4 and 5.3): B learns at lr_ratio · lr, A at lr. As in its
-    authors' code, trained vectors (biases, DoRA's magnitudes) go with B, here without weight decay;
-    modules that train in full go with A; the factors of embeddings have a rate of their own.
+    authors' code, trained vectors (biases, norms' weights, DoRA's magnitudes) go with B, here without
+    weight decay; matrices that train in full go with A; embeddings' factors have a rate of their own.
 
     Args:
         lr: learning rate of A, a positive number.
@@ -61,16 +63,15 @@ def parameter_groups(
         "vector": lr * lr_ratio,
     }
     role = {
-        id(parameter): "embedding" if isinstance(layer, Embedding) else own.removeprefix("lora_")
+        id(parameter): "embedding" if isinstance(layer, Embedding) else _ROLES.get(own, "vector")
         for _, layer in lora_layers(model)
         for own, parameter in layer.update_parameters().items()
     }
     groups: dict[str, list[Tensor]] = {name: [] for name in rate_of}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            name = role.get(id(parameter), "rest")
-            name = "vector" if parameter.ndim <= 1 else name
-            groups[name if name in groups else "rest"].append(parameter)
+            name = "vector" if parameter.ndim <= 1 else "rest"
+            groups[role.get(id(parameter), name)].append(parameter)
     if not any(groups.values()):
         raise ValueError(
             f"nothing of this {type(model).__name__} trains: expected a model with LoRA layers; call "

@@ -57,7 +57,7 @@ def patch(
 
     Args:
         model: changed in place and returned. Its output stays the same to the bit until B trains
-            (on a GPU: see README, Limits).
+            (on a GPU: see README, Limits; with PiSSA: up to rounding).
         target_modules: names or dotted suffixes of modules; or one regular expression that must
             match a whole name; or "all-linear", every linear layer but the output head.
         r, lora_alpha, lora_dropout: as in the layers; dropout does not act on embeddings.
@@ -69,7 +69,8 @@ def patch(
         rank_pattern, alpha_pattern: a name, suffix or regular expression to another r or lora_alpha;
             the first that matches counts.
         merge_weights: whether eval merges, at the cost of a second copy of the adapted weights.
-        lora_dtype: of the factors; None is weight's dtype, but fp32 on a bf16 or fp16 base.
+        lora_dtype: of the factors; None is weight's dtype, but fp32 on a bf16 or fp16 base. DoRA's
+            magnitudes are at least fp32.
         variant: use_rslora, use_dora, lora_bias, use_lorafa (False), init_lora_weights (True, or
             "pissa", "pissa_niter_N"), see `lora.variants`; all but use_rslora for linear layers alone.
 
@@ -127,7 +128,8 @@ def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
     `requires_grad` stays as it is. Of several adapters (`lora.set_adapter`) all are removed, and the
     active one is what is merged. If `model` is itself a LoRA layer, the plain layer is returned.
     Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
-    meta device, or if a weight to be changed is tied to another module.
+    meta device, if a weight to be changed is tied to another module, or if an update has a bias
+    (`lora_bias`) and its layer none.
     """
     if merge:
         _check_mergeable(model)

@@ -11,7 +11,7 @@ from torch import nn
 from ._base import LoRALayer, lora_layers
 from .full import full_modules
 from .kernels import explain
-from .linear import Linear
+from .linear import Linear, is_transformers_conv1d
 from .merged_linear import MergedLinear
 from .state import adapter_parameters
 from .switch import adapter_names
@@ -175,7 +175,7 @@ def _path(layer: LoRALayer) -> str:
 
 def _flops_per_token(module: nn.Module) -> int:
     """Two a multiplication with its addition: forward, gradient of the input, of what trains."""
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not is_transformers_conv1d(module):
         return 0
     matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
     return sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)

@@ -18,6 +18,7 @@ needs no other layer, is `lora.parameter_groups`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -52,7 +53,11 @@ def checked(kind: str, variant: Variant, supported: Sequence[str] = NAMES) -> Va
     """
     for name, value in variant.items():
         if name not in NAMES:
-            raise TypeError(f"{kind}: unexpected option {name!r}: expected one of {NAMES}")
+            near = difflib.get_close_matches(name, NAMES, 1)
+            raise TypeError(
+                f"{kind}: unexpected option {name!r}{f' (nearest: {near[0]!r})' if near else ''}: "
+                f"expected an argument of its own, or of the variants {NAMES}"
+            )
         if name != "init_lora_weights" and not isinstance(value, bool):
             raise ValueError(f"{kind}: {name}={value!r}: expected a bool")
     init = variant.get("init_lora_weights", True)
@@ -82,27 +87,28 @@ def row_norms(
     scaling: float,
     rows: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """‖W_i + scaling · B_i A_j‖ of every row i of the parts j, in at least fp32, without gradients.
+    """‖W_i + scaling · B_i A_j‖ of every row i of the parts j, in at least fp32, without derivatives.
 
     By ‖W_i‖² + 2 s (W_i A_jᵀ) · B_i + s² B_i (A_j A_jᵀ) · B_i: neither B A nor a copy of W is formed.
     Where the two nearly cancel, the norm is no less than their lengths times the root of the weight's
     machine epsilon, below which the sum is noise. Without an update it is ‖W_i‖ to the bit.
+    W Aᵀ is a product in the weight's dtype, all else is in at least fp32.
     weight (out, in), lora_A (n·r, in), lora_B (rows of the n parts, r), rows: of the parts.
     """
+    weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     eps = torch.finfo(weight.dtype).eps
     norms = []
-    with torch.no_grad():
-        factors_A = torch.split(lora_A, lora_B.shape[1])
-        factors_B = torch.split(lora_B.to(dtype), [stop - start for start, stop in rows])
-        for (start, stop), A, B in zip(rows, factors_A, factors_B, strict=True):
-            part = weight[start:stop]
-            frozen = torch.linalg.vector_norm(part, dim=1, dtype=dtype).square()
-            cross = ((part @ A.to(weight.dtype).t()).to(dtype) * B).sum(1)
-            update = scaling**2 * (B @ (A @ A.t()).to(dtype) * B).sum(1)
-            square = frozen + 2 * scaling * cross + update
-            norms.append(torch.maximum(square, eps * (frozen + update)).sqrt())
-        return norms[0] if len(norms) == 1 else torch.cat(norms)
+    factors_A = torch.split(lora_A.to(dtype), lora_B.shape[1])
+    factors_B = torch.split(lora_B.to(dtype), [stop - start for start, stop in rows])
+    for (start, stop), A, B in zip(rows, factors_A, factors_B, strict=True):
+        part = weight[start:stop]
+        frozen = torch.linalg.vector_norm(part, dim=1, dtype=dtype).square()
+        cross = ((part @ A.to(weight.dtype).t()).to(dtype) * B).sum(1)
+        update = scaling**2 * (B @ (A @ A.t()) * B).sum(1).clamp(min=0)
+        square = frozen + 2 * scaling * cross + update
+        norms.append(torch.maximum(square, eps * (frozen + update)).sqrt())
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
@@ -123,6 +129,8 @@ def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tupl
             f"init_lora_weights={init!r}: scaling is {scaling}: expected lora_alpha > 0"
         )
     dense = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if not dense.is_meta and not torch.isfinite(dense).all():
+        raise ValueError(f"init_lora_weights={init!r}: the weight has a NaN or infinite value")
     if found[1] is None:
         U, S, Vt = torch.linalg.svd(dense, full_matrices=False)
     else:

@@ -606,6 +606,24 @@ def test_taking_the_update_away_gives_the_base_to_the_bit(make, options):
     assert set(base.state_dict()) == {"weight"} | ({"bias"} if bias is not None else set())
 
 
+def test_merged_biases_train_on_where_biases_trained():
+    model = nn.Sequential(nn.Linear(10, 14))
+    lora.patch(model, "0", r=2, lora_alpha=4, lora_bias=True, bias="all")
+    plain_layer = lora.unpatch(model, merge=True)[0]
+    assert (plain_layer.bias.requires_grad, plain_layer.weight.requires_grad) == (True, False)
+
+
+def test_a_factor_that_is_no_parameter_is_not_merged():
+    layer = lora.Linear(10, 14, **SIZES, use_dora=True).eval()
+    move([layer.lora_B])
+    nn.utils.parametrizations.weight_norm(layer, "lora_B")
+    x = torch.randn(5, 10)
+    with torch.no_grad():
+        before = layer(x)
+        layer.parametrizations.lora_B.original0 *= 2
+        assert not torch.equal(layer(x), before)
+
+
 # State
 
 
@@ -732,6 +750,22 @@ def test_a_model_without_values_is_patched_and_filled_later(options):
     torch.testing.assert_close(model(x), formula(model[0], x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's
+def test_forward_mode_takes_the_norm_for_a_constant_too():
+    layer = trained(lora.Linear(10, 14, **SIZES, use_dora=True, dtype=torch.float64))
+    x, B = torch.randn(5, 10, dtype=torch.float64), layer.lora_B.detach()
+    tangent = torch.randn_like(B)
+
+    def run(lora_B):
+        return functional_call(layer, {"lora_B": lora_B}, (x,))
+
+    _, forward = torch.func.jvp(run, (B,), (tangent,))
+    y, pull = torch.func.vjp(run, B)
+    cotangent = torch.randn_like(y)
+    backward = (pull(cotangent)[0] * tangent).sum()
+    torch.testing.assert_close((forward * cotangent).sum(), backward)
+
+
 # Refusals
 
 WRONG = [
@@ -766,6 +800,22 @@ def test_wrong_values_are_refused(maker, options, match):
 def test_an_unknown_option_is_refused(maker):
     with pytest.raises(TypeError, match="use_qlora"):
         MAKERS[maker](use_qlora=True)
+
+
+def test_an_unknown_option_is_refused_with_the_nearest():
+    with pytest.raises(TypeError, match=r"'use_dorra' \(nearest: 'use_dora'\)"):
+        lora.Linear.from_module(nn.Linear(4, 4), 2, use_dorra=True)
+
+
+@pytest.mark.parametrize("options", [{"r": 8}, {"r": 2, "lora_alpha": 0}, {"r": 2, "broken": True}])
+def test_a_layer_that_pissa_cannot_wrap_stays_as_it_was(options):
+    layer = nn.Linear(4, 4)
+    if options.pop("broken", False):
+        layer.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        lora.Linear.from_module(layer, **options, **PISSA)
+    assert layer.weight.requires_grad
+    assert set(layer.state_dict()) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("maker", MAKERS)

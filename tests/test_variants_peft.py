@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora
-from lora.adapter import adapter_of, fuse, read_adapter, split, write_adapter
+from lora.__main__ import main
+from lora.adapter import AdapterError, adapter_of, fuse, read_adapter, split, write_adapter
 from lora.adapter.merge import merge_checkpoint
 
 # PEFT says so of a layer without a bias; loading and running it is right.
@@ -651,7 +653,78 @@ def test_a_dense_update_of_pefts_is_split_too(variant, tmp_path):
     assert_near(output(model.eval()), output(theirs), 1e-13)
 
 
+def test_parts_of_different_variants_are_not_fused():
+    apart = split(adapter_of(with_parts(fused(), MASKS["all parts"])), [6, 3, 3])
+    layers = dict(apart.layers)
+    layers["q_proj"] = replace(layers["q_proj"], use_lorafa=True)
+    with pytest.raises(AdapterError, match="one variant"):
+        fuse(apart.replaced(layers=layers))
+
+
+# What a file says
+
+
+@pytest.mark.parametrize("variant", ["lora_bias", "PiSSA"])
+def test_an_untrained_adapter_is_told(variant, make, tmp_path):
+    plain, patched = make
+    lora.save_adapter(patched(**OURS[variant]), tmp_path)
+    with pytest.warns(UserWarning, match="does nothing yet"):
+        lora.load_adapter(plain(), tmp_path)
+
+
+def test_a_rank_is_told_with_its_own_alpha(tmp_path, capsys):
+    ours = lora.patch(net(), TARGETS, r=3, lora_alpha=6, **PISSA)
+    lora.save_adapter(trained(ours), tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert {(x["r"], x["lora_alpha"], x["scaling"]) for x in layers} == {(3, 6, 2.0)}
+    assert {tuple(x["variant"]) for x in layers} == {("pissa",)}
+
+
+# Other dtypes and devices
+
+
+def test_a_magnitude_narrower_than_its_weight_is_saved(tmp_path):
+    """As of an adapter in bf16 that was loaded into the base in fp32."""
+    ours = trained(lora.patch(net(torch.float32), TARGETS, r=3, lora_alpha=6, use_dora=True))
+    lora.save_adapter(ours.bfloat16(), tmp_path / "half")
+    wide = net(torch.bfloat16).float()
+    lora.load_adapter(wide, tmp_path / "half")
+    assert wide.one.lora_magnitude.dtype == torch.bfloat16
+    lora.save_adapter(wide, tmp_path / "again")
+    other = net(torch.bfloat16).float()
+    lora.load_adapter(other, tmp_path / "again")
+    assert_same_adapter(wide, other)
+
+
+@pytest.mark.parametrize("variant", ["DoRA", "lora_bias"])
+def test_a_state_dict_goes_into_a_model_on_the_meta_device(variant, tmp_path):
+    ours = trained(with_parts(fused(), MASKS["two parts"], **OURS[variant]))
+    torch.save(lora.lora_state_dict(ours), tmp_path / "lora.pt")
+    there = copy.deepcopy(with_parts(fused(), MASKS["two parts"], **OURS[variant])).to("meta")
+    lora.load_adapter(there, tmp_path / "lora.pt")
+    values = lora.lora_state_dict(there)
+    assert all(torch.equal(values[key], t) for key, t in lora.lora_state_dict(ours).items())
+
+
 # Merging a checkpoint
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_was_not_trained_merges_to_the_bit(half, tmp_path):
+    """The rows of a part without an update, and with B = 0 all of them."""
+    dtype = torch.bfloat16 if half else torch.float32
+    base = checkpoint(fused(dtype=dtype), tmp_path / "base")
+    ours = with_parts(fused(dtype=torch.float32), MASKS["two parts"], use_dora=True).to(dtype)
+    rows = slice(None) if half else slice(6, 9)
+    if half:
+        ours.qkv_proj._derive_from_weight()
+    else:
+        trained(ours)
+    lora.save_adapter(ours, tmp_path / "adapter")
+    merge_checkpoint(base, read_adapter(tmp_path / "adapter").checked(), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(found["qkv_proj.weight"][rows], fused(dtype=dtype).qkv_proj.weight[rows])
 
 
 def checkpoint(model, folder):

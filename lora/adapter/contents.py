@@ -181,6 +181,16 @@ class Layer:
             found["lora_bias"] = self._updated(self.lora_bias)
         return found
 
+    def is_zero(self) -> bool:
+        """Whether the update is zero; False with DoRA, since it takes the base to know."""
+        own = self.parameters()
+        if self.magnitude is not None or (self.lora_bias is not None and self.lora_bias.any()):
+            return False
+        if self.frozen_rank:
+            pairs = (own["lora_A"], own["lora_A0"]), (own["lora_B"], own["lora_B0"])
+            return all(torch.equal(*pair) for pair in pairs)
+        return not (self.lora_A.any() and self.lora_B.any())
+
     def with_parameters(self, values: Mapping[str, Tensor]) -> Layer:
         """The inverse of `parameters`: this layer with such values."""
         A, B = values["lora_A"], values["lora_B"]
@@ -191,20 +201,23 @@ class Layer:
         vectors = {}
         for own, name in (("lora_magnitude", "magnitude"), ("lora_bias", "lora_bias")):
             if own in values:
-                vectors[name] = full = getattr(self, name).to(values[own].dtype, copy=True)
-                for rows, part in zip(self._row_ranges(), self._split(values[own]), strict=True):
-                    full[slice(*rows)] = part
+                value, full = values[own], getattr(self, name)
+                kept = value.new_zeros(full.shape) if full.is_meta else full.to(value, copy=True)
+                for rows, part in zip(self.row_ranges(), self._split(value), strict=True):
+                    kept[slice(*rows)] = part
+                vectors[name] = kept
         return self.with_factors(A, B, **vectors)
 
-    def _row_ranges(self) -> list[tuple[int, int]]:
+    def row_ranges(self) -> list[tuple[int, int]]:
+        """First and last + 1 row of the output of every part that has an update."""
         return self.rows if self.kind == "MergedLinear" else [(0, self.shape[0])]
 
     def _split(self, vector: Tensor) -> Sequence[Tensor]:
-        return torch.split(vector, [stop - start for start, stop in self._row_ranges()])
+        return torch.split(vector, [stop - start for start, stop in self.row_ranges()])
 
     def _updated(self, vector: Tensor) -> Tensor:
         """The values of the rows that have an update."""
-        pieces = [vector[start:stop] for start, stop in self._row_ranges()]
+        pieces = [vector[start:stop] for start, stop in self.row_ranges()]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def with_factors(self, lora_A: Tensor, lora_B: Tensor, **changes: object) -> Layer:
@@ -267,14 +280,9 @@ class Adapter:
         return self.replaced(**kept), {name: f"{key} {bad[key]}" for name, key in named.items()}
 
     def does_nothing(self) -> bool:
-        """Whether every update is zero, as with a B that was never trained."""
-        updates = [
-            bool(x.lora_A.any() and x.lora_B.any())
-            or x.magnitude is not None
-            or x.lora_bias is not None
-            for x in self.layers.values()
-        ]
-        return bool(updates) and not any(updates) and not self.saved
+        """Whether every update is zero, as with a B that was never trained (not known with DoRA)."""
+        zero = [layer.is_zero() for layer in self.layers.values()]
+        return bool(zero) and all(zero) and not self.saved
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that was trained, by module name and own name."""

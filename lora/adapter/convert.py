@@ -106,9 +106,13 @@ def _pieces(
 _VECTORS = ("magnitude", "lora_bias")
 
 
+def _names_of_vectors(layer: Layer) -> list[str]:
+    return [name for name in _VECTORS if getattr(layer, name) is not None]
+
+
 def _vectors_of_parts(layer: Layer, rows: Sequence[int]) -> list[dict[str, Any]]:
     """DoRA's magnitude and lora_bias, where there are such, of every part."""
-    there = {n: getattr(layer, n) for n in _VECTORS if getattr(layer, n) is not None}
+    there = {name: getattr(layer, name) for name in _names_of_vectors(layer)}
     pieces = {name: torch.split(vector, list(rows)) for name, vector in there.items()}
     return [{name: parts[i] for name, parts in pieces.items()} for i in range(len(rows))]
 
@@ -160,12 +164,13 @@ def fuse(adapter: Adapter) -> Adapter:
 
 def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
     there = [layer for layer in found if layer is not None]
-    facts = {(x.kind, x.r, x.scaling, x.frozen_rank) for x in there}
-    alike = len({tuple(getattr(x, n) is None for n in _VECTORS) for x in there}) == 1
-    if len(facts) > 1 or there[0].kind != "Linear" or not alike:
+    facts = {
+        (x.kind, x.r, x.scaling, x.frozen_rank, x.use_lorafa, *_names_of_vectors(x)) for x in there
+    }
+    if len(facts) > 1 or there[0].kind != "Linear":
         raise AdapterError(
-            f"{name}: its parts have (kind, r, scale, frozen rank) {sorted(facts)}: expected Linear "
-            "layers of one rank and scale, and of one variant"
+            f"{name}: its parts have (kind, r, scale, PiSSA's frozen rank, LoRA-FA, ...) "
+            f"{sorted(facts)}: expected Linear layers of one rank and scale, and of one variant"
         )
     rows = {p: x.shape[0] for p, x in zip(PARTS[own], found, strict=True) if x is not None}
     equal = PARTS[own][-2:]  # k and v have as many rows as each other, and so have gate and up
@@ -186,8 +191,7 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
                 for part, rows_of in zip(found, splits, strict=True)
             ]
         )
-        for own in _VECTORS
-        if getattr(first, own) is not None
+        for own in _names_of_vectors(first)
     }
     if None not in found and all(torch.equal(x.lora_A, first.lora_A) for x in there):
         return first.with_factors(first.lora_A, B, **vectors)
@@ -254,9 +258,9 @@ def _refuse_vectors(name: str, layer: Layer, who: str) -> None:
 def to_loralib(adapter: Adapter) -> dict[str, Tensor]:
     """The state dict of loralib's layers, as `lora.lora_state_dict` gives it.
 
-    It does not hold r, lora_alpha and the kinds: the model must be built with them (for PiSSA with
-    rank 2 r). Raises AdapterError for parts of unequal size, DoRA, lora_bias and modules that were
-    trained in full, which loralib does not have.
+    It does not hold r, lora_alpha and the kinds: the model must be built with them, so that
+    lora_alpha / r is the scale (for PiSSA with rank 2 r). Raises AdapterError for parts of unequal
+    size, DoRA, lora_bias and modules that were trained in full, which loralib does not have.
     """
     if adapter.saved:
         raise AdapterError(

@@ -36,7 +36,7 @@ def _of_layer(name: str, layer: Layer) -> dict[str, Any]:
         "kind": layer.kind,
         "shape": list(layer.shape),
         "parts": _parts(layer),
-        "r": layer.r,
+        "r": layer.r - layer.frozen_rank,
         "lora_alpha": layer.lora_alpha,
         "scaling": layer.scaling,
         "lora_dropout": layer.lora_dropout,

@@ -278,8 +278,13 @@ class _Merge:
                 squares += square.sum(0)
             else:
                 squares[rows] = square.sum(1)
-        norms = squares.sqrt_().masked_fill_(squares == 0, 1.0)  # a row of zeros stays one
-        return layer.magnitude.detach().cpu().double() / norms
+        magnitude = layer.magnitude.detach().cpu()
+        norms = squares.sqrt_().to(magnitude.dtype).double()  # rounded alike, as in lora.Linear
+        scale = torch.ones_like(norms)
+        for start, stop in layer.row_ranges():
+            near = norms[start:stop].masked_fill(norms[start:stop] == 0, 1.0)
+            scale[start:stop] = magnitude[start:stop].double() / near
+        return scale
 
 
 def _merged_biases(base: Checkpoint, adapter: Adapter) -> dict[str, Tensor]:
@@ -304,8 +309,8 @@ def _merged_biases(base: Checkpoint, adapter: Adapter) -> dict[str, Tensor]:
 def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
     """(left, right) in float64 with the update scaling · left[rows] @ right of the stored rows.
 
-    `Layer.update` would give columns to a transposed weight, and make the blocks of a MergedLinear
-    anew for each block of rows.
+    The rows of `Layer.dense` would be columns of a transposed weight, and its blocks of a MergedLinear
+    would be made anew for each block of rows.
     """
     A, B = (factor.detach().to("cpu", torch.float64) for factor in layer.dense())
     return (A.t(), B.t()) if layer.transposed or layer.kind == "Embedding" else (B, A)
