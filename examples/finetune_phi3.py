@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import transformers
 from chat_data import Data, InputError, encode_data, fingerprint, read_conversations, split
-from models import answers, checkpoint_activations, device, load, side_by_side
+from models import adapt, answers, checkpoint_activations, device, load, side_by_side
 from run_folder import (
     RunLog,
     load_checkpoint,
@@ -162,10 +162,7 @@ def documentation() -> tuple[list[Doc], list[Doc]]:
 def load_adapted(setup: Setup) -> PreTrainedModel:
     """The pretrained model with LoRA layers, and everything but these frozen."""
     model = load(AutoModelForCausalLM, setup.base, **setup.model_config).to(device())
-    try:
-        lora.patch_phi3(model, **peft_config, **variant_config)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{setup.base} cannot be adapted: {error}") from error
+    adapt(model, setup.base, **peft_config, **variant_config)
     lora.mark_only_lora_as_trainable(model, bias=peft_config["bias"])
     return model
 

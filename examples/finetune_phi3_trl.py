@@ -4,7 +4,7 @@
     python finetune_phi3_trl.py --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl
 
 The recipes are those of Microsoft's Phi-3 cookbook: sample_finetune.py, or with --recipe notebook its
-Phi-3-finetune-lora-python.ipynb. Of their lines for LoRA, two are left: `lora.patch_phi3` and the
+Phi-3-finetune-lora-python.ipynb. Of their lines for LoRA, two are left: patching and the
 callback. Without --model a small stand-in is trained first (once, kept in the user's cache), and
 without --data it learns questions about Python's standard library; each line of a data file is
 {"messages": [{"role": "user", "content": "..."}, ...]}. The last line on stdout is a summary in JSON.
@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see finetune_phi3.py
 import torch
 from chat_data import InputError, read_conversations, split
 from datasets import Dataset
-from models import load
+from models import adapt, load
 from run_folder import user_cache
 from settings import assign
 from standin import STEPS as BASE_STEPS
@@ -180,7 +180,7 @@ def build(args: argparse.Namespace) -> SFTTrainer:
         attn_implementation=args.attn_implementation,
     )
     torch.manual_seed(config["seed"])
-    lora.patch_phi3(model, **peft_config)
+    adapt(model, base, **peft_config)
     lora.summary(model)
     return SFTTrainer(
         model=model,

@@ -1,4 +1,4 @@
-"""Load a causal language model, and let it answer."""
+"""Load a causal language model, adapt it, and let it answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from chat_data import Example, InputError, render
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lora
 
 
 def device() -> torch.device:
@@ -29,6 +31,14 @@ def load(factory: Any, name: str, **options: Any) -> Any:
             else "there is no such folder here either"
         )
         raise InputError(f"cannot load {name}: {first_line} ({hint})") from error
+
+
+def adapt(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
+    """`lora.patch_phi3(model, ...)`; what it refuses is an InputError with the model's name."""
+    try:
+        return lora.patch_phi3(model, **options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name} cannot be adapted: {error}") from error
 
 
 def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any]) -> None:

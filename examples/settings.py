@@ -29,6 +29,7 @@ _CHOICES = {
         for name in ("LINEAR", "COSINE", "CONSTANT_WITH_WARMUP", "COSINE_WITH_RESTARTS")
     ),
 }
+_MAY_BE_NONE = {"save_total_limit"}  # all checkpoints are kept then
 # What does not change what is learned: a resumed run may have other values.
 _FREE = {
     "do_eval",
@@ -61,6 +62,9 @@ def assign(dictionaries: Sequence[dict[str, Any]], assignments: Sequence[str]) -
         except ValueError:
             value = text
         old = owner[name]
+        if name in _MAY_BE_NONE and value is None:
+            owner[name] = None
+            continue
         if isinstance(old, float) and type(value) is int:
             value = float(value)
         if old is not None and not isinstance(old, str) and type(value) is not type(old):

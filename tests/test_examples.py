@@ -417,6 +417,13 @@ def test_damaged_and_foreign_checkpoints_are_refused(uninterrupted, run, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == []
 
 
+def test_all_checkpoints_can_be_kept(run, first, chats, tmp_path):
+    arguments = ["--model", first.base, "--data", chats, "--output", tmp_path, *SMALL]
+    code, _, err = run(*arguments, "--steps=4", "--set=save_steps=1", "--set=save_total_limit=null")
+    assert code == 0, err
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 4
+
+
 VARIANTS = {
     "rslora": (["--use-rslora"], "use_rslora"),
     "dora": (["--use-dora"], "use_dora"),
