@@ -5,7 +5,7 @@ The real architecture with random weights; on a CPU of four layers, with the siz
 
     grid          frozen, lora, PEFT; without and with gradient checkpointing; fp32, bf16, autocast
     compile       the same through torch.compile
-    accumulation  the tokens in four micro-batches
+    accumulation  the tokens in micro-batches of one sequence
     optimizer     AdamW's other implementations; everywhere else it is the fused one
     variants      lora's variants and PEFT's DoRA
     sweep         2k to 32k tokens in one sequence, checkpointed; on a CPU one layer of one head
@@ -62,6 +62,7 @@ class Combination:
     batch: int
     length: int
     rounds: int
+    part: str = "grid"
     provider: str = "frozen"
     dtype: str = "bf16"
     checkpointing: str = "none"
@@ -77,7 +78,10 @@ class Combination:
         kind += [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
         kind += [f"{self.optimizer} AdamW"] if self.optimizer != "fused" else []
         size = "phi-3-mini" if self.shrink == 1 else f"phi-3-mini / {self.shrink}"
-        cells: dict[str, Any] = {"bench": "step", "layer": f"{size}, {self.layers} layers"}
+        cells: dict[str, Any] = {
+            "bench": f"step {self.part}",
+            "layer": f"{size}, {self.layers} layers",
+        }
         cells |= {"dtype": self.dtype, "tokens": self.batch * self.length, "pass": ", ".join(kind)}
         cells |= {"p": DROPOUT, "rank": R} if self.provider != "frozen" else {}
         names = [v if isinstance(v, str) else name for name, v in self.variant.items()]
@@ -218,20 +222,24 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
             for how in args.checkpointing:
                 if how != "reentrant":  # to the compiler they are one
                     changes = {"dtype": dtype, "checkpointing": how, "compiled": True}
-                    yield three(dataclasses.replace(plain, **changes))[:3]
+                    yield three(dataclasses.replace(plain, part="compile", **changes))[:3]
     if "accumulation" in args.parts:
-        yield three(dataclasses.replace(plain, micro_batches=min(4, args.batch)))
-    ours = dataclasses.replace(plain, provider="lora")
+        micro_batches = min(4, args.batch)
+        yield three(dataclasses.replace(plain, part="accumulation", micro_batches=micro_batches))
     if "optimizer" in args.parts:
+        floor = dataclasses.replace(plain, part="optimizer")
+        ours = dataclasses.replace(floor, provider="lora")
         others = [dataclasses.replace(ours, optimizer=name) for name in ("foreach", "for-loop")]
-        yield [plain, ours, *others, plain]
+        yield [floor, ours, *others, ours, floor]
     if "variants" in args.parts:
+        floor = dataclasses.replace(plain, part="variants")
+        ours = dataclasses.replace(floor, provider="lora")
         kinds = [dataclasses.replace(ours, variant=variant) for variant in VARIANTS]
         dora = dataclasses.replace(ours, provider="peft", variant={"use_dora": True})
-        yield [plain, ours, *kinds, dora, ours, plain]
+        yield [floor, ours, *kinds, dora, ours, floor]
     if "sweep" in args.parts:
         on_gpu = args.device == "cuda"
-        changes = {"checkpointing": "non-reentrant", "batch": 1, "rounds": 1}
+        changes = {"part": "sweep", "checkpointing": "non-reentrant", "batch": 1, "rounds": 1}
         changes |= {} if on_gpu else {"layers": 1, "shrink": 32}
         for length in (2048, 4096, 8192, 16384, 32768) if on_gpu else (2048, 8192, 32768):
             yield three(dataclasses.replace(plain, length=length, **changes))[:3]
@@ -262,7 +270,7 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, help="divide all sizes; default 1, on a CPU 8")
     parser.add_argument("--batch", type=int, help="default 2, on a CPU 4")
     parser.add_argument("--length", type=int, help="default 4096, on a CPU 256")
-    parser.add_argument("--rounds", type=int, help="default 3, on a CPU 5")
+    parser.add_argument("--rounds", type=int, help="default 3, on a CPU 11")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -270,7 +278,7 @@ def main() -> None:
         print(json.dumps(measure(Combination(**json.loads(args.one)))))
         return
     sizes = {"layers": (32, 4), "shrink": (1, 8), "batch": (2, 4), "length": (4096, 256)}
-    for name, (on_gpu, on_cpu) in {**sizes, "rounds": (3, 5)}.items():
+    for name, (on_gpu, on_cpu) in {**sizes, "rounds": (3, 11)}.items():
         if getattr(args, name) is None:
             setattr(args, name, on_gpu if args.device == "cuda" else on_cpu)
     args.rounds = 2 if args.quick else args.rounds

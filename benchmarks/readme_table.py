@@ -84,26 +84,35 @@ def training_table() -> str:
 
 
 def _training_table(rows: list[dict[str, str]]) -> str:
-    """One line for every model, step, dtype and number of tokens; the variants below."""
-    variants = list(dict.fromkeys(row["provider"] for row in rows if " " in row["provider"]))
+    """Time over the frozen step's, and peak; of optimizers and variants, over plain lora's."""
+    keys = ("bench", "layer", "pass", "dtype", "tokens")
+    beside = [row for row in rows if row["bench"] in ("step optimizer", "step variants")]
     lines = [
         "| step | dtype | tokens | frozen | **lora** | PEFT |",
         "|---|---|---|---|---|---|",
     ]
-    keys = ("layer", "pass", "dtype", "tokens")
-    for values in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+    of_steps = [row for row in rows if row not in beside]
+    for values in dict.fromkeys(tuple(row[key] for key in keys) for row in of_steps):
         block = _of(rows, **dict(zip(keys, values, strict=True)))
         cells = " | ".join(_step(block, name) for name in ("frozen", "lora", "peft"))
-        model, kind, dtype, tokens = values
+        _, model, kind, dtype, tokens = values
         lines.append(f"| {model}: {kind} | {dtype} | {tokens} | {cells} |")
-    if variants:
-        lines += ["", "| variant | time over plain lora | peak over plain lora |", "|---|---|---|"]
-    for name in variants:
-        mine = _of(rows, provider=name)
-        block = _of(rows, **{key: mine[0][key] for key in keys})
-        plain = _of(block, provider="lora")
-        ratios = [_median(mine, cell) / _median(plain, cell) for cell in ("ms_p50", "peak_mb")]
-        lines.append(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    if beside:
+        lines += ["", "| lora with | time over lora | peak over lora |", "|---|---|---|"]
+    names = ("bench", "pass", "provider")
+    for bench, kind, provider in dict.fromkeys(tuple(row[n] for n in names) for row in beside):
+        plain = _of(beside, bench=bench, provider="lora", **{"pass": "step"})
+        mine = _of(beside, bench=bench, provider=provider, **{"pass": kind})
+        if provider != "frozen" and mine != plain:
+            ratios = [_median(mine, cell) / _median(plain, cell) for cell in ("ms_p50", "peak_mb")]
+            said = " ".join([*kind.split(", ")[1:], provider.removeprefix("lora").strip()]).strip()
+            lines.append(f"| {said} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    if beside:
+        spreads = [
+            _range(_of(beside, bench=b, provider="lora", **{"pass": "step"}))
+            for b in dict.fromkeys(row["bench"] for row in beside)
+        ]
+        lines += ["", f"lora itself, in each group: {' and '.join(spreads)}."]
     origin = rows[0]
     lines.append("")
     lines.append(
@@ -113,6 +122,13 @@ def _training_table(rows: list[dict[str, str]]) -> str:
         f"by `{origin['command']}`."
     )
     return "\n".join(lines)
+
+
+def _range(rows: list[dict[str, str]]) -> str:
+    """Median of the medians of some processes, with their range."""
+    times = [float(row["ms_p50"]) for row in rows]
+    spread = f", {min(times):.0f} to {max(times):.0f}" if len(times) > 1 else ""
+    return f"{statistics.median(times):.0f} ms{spread}"
 
 
 def _median(rows: list[dict[str, str]], cell: str) -> float:
@@ -127,9 +143,7 @@ def _step(block: list[dict[str, str]], provider: str) -> str:
     peak = f"{_median(mine, 'peak_mb'):.0f} MB"
     if provider != "frozen":
         return f"{_median(mine, 'over_frozen'):.2f} ({peak})"
-    times = [float(row["ms_p50"]) for row in mine]
-    spread = f", {min(times):.0f} to {max(times):.0f}" if len(times) > 1 else ""
-    return f"{statistics.median(times):.0f} ms{spread} ({peak})"
+    return f"{_range(mine)} ({peak})"
 
 
 TABLES = {"README.md": table, "docs/training.md": training_table}

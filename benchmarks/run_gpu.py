@@ -10,6 +10,8 @@ say nothing about the project and go to build/benchmarks. Exit status 1 if a par
 
 import argparse
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,10 +68,16 @@ def run(name: str, command: list[str], limit: float) -> str:
     print(f"\n=== {name}, {limit:.0f} s at most: python {' '.join(command)}", flush=True)
     if limit < SHORTEST:
         return "skipped, no time left"
+    # In a session of its own, so that what it started stops with it.
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
     try:
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=limit).returncode
+        status = process.wait(limit)
     except subprocess.TimeoutExpired:
         return "stopped at its limit"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "ok" if status == 0 else f"failed with exit status {status}"
 
 
