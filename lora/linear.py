@@ -260,9 +260,8 @@ class Linear(LoRALayer, nn.Linear):
         if "use_dora" not in self.variant:
             return y
         product = y if bias is None else y - bias.to(y.dtype)
-        return torch.addcmul(
-            y, product, (self._row_scale(self._row_norms()) - 1).to(y.dtype)
-        )  # 0 at first: y itself
+        scale = self._row_scale(self._row_norms())
+        return torch.addcmul(y, product, (scale - 1).to(y.dtype))  # y itself while scale is 1
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
