@@ -171,12 +171,18 @@ def log_of_transformers():
     logger.removeHandler(handler)
 
 
+# transformers has renamed it within its fifth version.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 RUNS = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2},
     "checkpointed": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
     },
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
 }
