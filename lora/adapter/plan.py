@@ -18,9 +18,10 @@ from ..full import is_full
 from ..state import bias_mode, is_bias
 from ..switch import BIAS_MODE, adapter_names, adapters_of, with_base
 from ..targets import linear_names
-from . import fingerprint, peft_format
+from . import fingerprint
 from .contents import Adapter, AdapterError
 from .fit import misfit, stranger, unfit, unholdable
+from .peft_config import CONFIG_NAME
 from .peft_format import outer_names
 from .save import active_modules, biases_of, described, matrix, plain_name
 from .selection import selected
@@ -257,7 +258,7 @@ def _check_copies(plan: Plan, model: nn.Module, adapter: Adapter) -> None:
         elif now.shape != value.shape or not torch.equal(now.detach().cpu(), value.to(now.dtype)):
             plan.problems[key] = (
                 f"unexpected tensor {key}: it differs from the model's; if it was trained, list its "
-                f"module in modules_to_save of {peft_format.CONFIG_NAME}"
+                f"module in modules_to_save of {CONFIG_NAME}"
             )
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from .._version import __version__
 from . import files, peft_format
 from .contents import Adapter, AdapterError, Layer, check_parts, listed
-from .peft_format import CONFIG_NAME, TENSORS_NAME
+from .peft_config import CONFIG_NAME
+from .peft_format import TENSORS_NAME
 
 _FACTS, _DIGEST = "lora", "lora_sha256"
 _FORMAT = 1
