@@ -22,14 +22,12 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..table import aligned
 from .check import (
     check_copy,
     check_dtype,
@@ -43,6 +41,7 @@ from .check import (
 from .checkpoint import INDEX, Checkpoint, Stored
 from .contents import DTYPES, Adapter, AdapterError, Layer
 from .files import new_folder
+from .merge_report import LayerError, MergeReport
 
 Progress = Callable[[int, int], None]  # gets how many are done, and how many there are
 
@@ -51,64 +50,6 @@ _NOT_CARRIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
     *("*.onnx_data", "*.index.json", "*.index.*.json", "adapter_config.json", ".*"),
 )
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """What merging did to one weight; norms are Frobenius's.
-
-    Attributes:
-        update_norm: of the dense update.
-        error_norm, max_error: of the rounded merged weight minus the exact sum in float64.
-        changed: share of the elements that differ from the base's.
-    """
-
-    update_norm: float
-    error_norm: float
-    max_error: float
-    changed: float
-
-    @property
-    def relative(self) -> float:
-        """How much of the update was lost in rounding."""
-        return self.error_norm / self.update_norm if self.update_norm else 0.0
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge_checkpoint` did; `str()` of it is a table, the worst layer first.
-
-    Attributes:
-        layers: name of the module to what merging did to its weight.
-        tensors, bytes: of the checkpoint that was written.
-        copied_files: the files that were carried over, relative to the base's folder.
-        base: whether it is the base of the training: "matches", or "not checked: ..." and why.
-    """
-
-    layers: Mapping[str, LayerError]
-    tensors: int
-    bytes: int
-    copied_files: tuple[str, ...]
-    base: str
-
-    def __str__(self) -> str:
-        worst = sorted(self.layers.items(), key=lambda item: -item[1].relative)
-        cells = [("layer", "|update|", "|rounding|", "relative", "largest", "changed")] + [
-            (
-                name,
-                f"{error.update_norm:.4g}",
-                f"{error.error_norm:.4g}",
-                f"{error.relative:.2e}",
-                f"{error.max_error:.2e}",
-                f"{error.changed:.2%}",
-            )
-            for name, error in worst
-        ]
-        total = (
-            f"{len(self.layers)} layers; {self.tensors:,} tensors, {self.bytes:,} bytes; "
-            f"{len(self.copied_files)} other files"
-        )
-        return "\n".join([*aligned(cells), total, f"frozen weights: {self.base}"])
 
 
 def merge_checkpoint(
