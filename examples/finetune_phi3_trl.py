@@ -27,7 +27,7 @@ import torch
 from chat_data import InputError, read_conversations, split
 from datasets import Dataset
 from models import adapt, load
-from run_folder import user_cache
+from run_folder import make_room, user_cache
 from settings import assign
 from standin import STEPS as BASE_STEPS
 from standin import standin_checkpoint
@@ -203,16 +203,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if args.resume and last is None:
         raise InputError(f"there is no checkpoint in {output}: start without --resume")
-    if last and not args.resume and not training_config["overwrite_output_dir"]:
-        raise InputError(f"{output} has checkpoints: --resume, or set overwrite_output_dir")
+    if not args.resume:
+        written = ("checkpoint-*", "best", "adapter", "merged")
+        make_room(output, training_config["overwrite_output_dir"], written)
     trainer = build(args)
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=last if args.resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=last if args.resume else None)
+    except lora.AdapterError as error:
+        raise InputError(f"cannot go on from {last}: {error}") from error
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output / "adapter"))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
     lora.unpatch(trainer.model, merge=True)
+    trainer.model.config.use_cache = True  # which training turned off
     merged = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output / "merged"))  # a whole model now, that needs no lora
     return {

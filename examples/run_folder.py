@@ -19,7 +19,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,17 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lora")
 
 
-def make_room(folder: Path, overwrite: bool) -> None:
+def make_room(folder: Path, overwrite: bool, names: Sequence[str] = _OWN_NAMES) -> None:
     """Make the folder of a new run; what an earlier one wrote there moves to `previous-1`, and so on.
 
-    Nothing is deleted, and nothing that a run does not write is touched. Without `overwrite`,
-    earlier results are an InputError.
+    names: of what a run writes, or patterns of them. Nothing is deleted, and nothing that a run does
+    not write is touched. Without `overwrite`, earlier results are an InputError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}") from error
-    found = [folder / name for name in _OWN_NAMES if (folder / name).exists()]
+    found = [path for name in names for path in sorted(folder.glob(name))]
     if not found:
         return
     if not overwrite:

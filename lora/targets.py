@@ -97,6 +97,10 @@ def _check_all_match(
     if holders:
         valid = dict.fromkeys([*(t for t in chosen if t not in missing), *holders])
         advice = f"; the projections are fused here: pass target_modules={list(valid)}"
+    elif any(name.lower().replace("_", "-") == "all-linear" for name in missing):
+        advice = (
+            "; the string 'all-linear', on its own, means every linear layer but the output head"
+        )
     elif is_pattern:
         advice = (
             "; a string is one regular expression for the whole name, to match by the end of the "

@@ -37,6 +37,11 @@ class Variant(TypedDict, total=False):
     init_lora_weights: bool | str
 
 
+# Other arguments of the functions that take the options: what a misspelt one may have been.
+_BESIDE = (
+    *("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "merge_weights", "lora_dtype"),
+)
 NAMES = tuple(Variant.__annotations__)
 _PISSA = re.compile(r"pissa(?:_niter_([1-9]\d*))?")
 
@@ -53,10 +58,10 @@ def checked(kind: str, variant: Variant, supported: Sequence[str] = NAMES) -> Va
     """
     for name, value in variant.items():
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, 1)
+            near = difflib.get_close_matches(name, (*NAMES, *_BESIDE), 1)
             raise TypeError(
                 f"{kind}: unexpected option {name!r}{f' (nearest: {near[0]!r})' if near else ''}: "
-                f"expected an argument of its own, or of the variants {NAMES}"
+                f"expected one of the documented arguments, or of the variants {NAMES}"
             )
         if name != "init_lora_weights" and not isinstance(value, bool):
             raise ValueError(f"{kind}: {name}={value!r}: expected a bool")

@@ -120,7 +120,7 @@ def test_the_notebook_on_the_words_of_the_assistant(first):
     ("arguments", "message"),
     [
         (["--resume"], "there is no checkpoint in"),
-        (["--set", "overwrite_output_dir=false"], "has checkpoints: --resume"),
+        (["--set", "overwrite_output_dir=false"], "has the results of an earlier run"),
         (["--set", "rank=4"], "expected NAME=VALUE, with NAME one of"),
         (["--model", "no/such/model", "--data", "no.jsonl"], "cannot load no/such/model"),
     ],
@@ -134,3 +134,12 @@ def test_what_cannot_be_used_is_said(monkeypatch, tmp_path, capsys, arguments, m
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_results_of_an_earlier_run_are_moved_aside(first):
+    kept = (first.output / "adapter" / "adapter_model.safetensors").read_bytes()
+    run(first.home, "--output", first.output)
+    moved = first.output / "previous-1"
+    assert {"adapter", "best", "checkpoint-4", "merged"} <= {path.name for path in moved.iterdir()}
+    assert (moved / "adapter" / "adapter_model.safetensors").read_bytes() == kept
+    assert (first.output / "adapter" / "adapter_model.safetensors").exists()

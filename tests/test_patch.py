@@ -342,3 +342,10 @@ def test_all_linear_leaves_the_heads_of_classifiers():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got 'model'"):
         lora.patch("model", ["q"], r=2, lora_alpha=2)
+
+
+@pytest.mark.parametrize("targets", ["all_linear", ["all-linear"]])
+def test_all_linear_in_other_words_is_told(targets):
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="the string 'all-linear'"):
+        lora.patch(model, targets, r=2, lora_alpha=4)

@@ -802,6 +802,11 @@ def test_an_unknown_option_is_refused(maker):
         MAKERS[maker](use_qlora=True)
 
 
+def test_another_misspelt_argument_is_told_from_a_variant():
+    with pytest.raises(TypeError, match=r"'lora_alfa' \(nearest: 'lora_alpha'\)"):
+        lora.patch(nn.Sequential(nn.Linear(4, 4)), "0", r=2, lora_alpha=4, lora_alfa=4)
+
+
 def test_an_unknown_option_is_refused_with_the_nearest():
     with pytest.raises(TypeError, match=r"'use_dorra' \(nearest: 'use_dora'\)"):
         lora.Linear.from_module(nn.Linear(4, 4), 2, use_dorra=True)
