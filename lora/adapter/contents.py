@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ def check_parts(out_splits: object, enable_lora: object) -> None:
         )
 
 
+# Of the vectors of a Layer, their names in the LoRA layer.
+_OWN_NAMES = {"magnitude": "lora_magnitude", "lora_bias": "lora_bias"}
 KINDS = ("Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -116,9 +118,8 @@ class Layer:
         linear = self.kind in ("Linear", "MergedLinear")
         if not isinstance(self.frozen_rank, int) or not 0 <= self.frozen_rank < self.r:
             raise AdapterError(f"frozen_rank={self.frozen_rank!r} of rank {self.r}: expected less")
-        for name in ("magnitude", "lora_bias"):
-            vector = getattr(self, name)
-            if vector is not None and (not linear or vector.shape != self.shape[:1]):
+        for name, vector in self.vectors.items():
+            if not linear or vector.shape != self.shape[:1]:
                 raise AdapterError(
                     f"{name} {tuple(vector.shape)} on a {self.kind} of {self.shape}: expected a linear "
                     "layer's, with one value for every row"
@@ -144,8 +145,16 @@ class Layer:
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """First and last + 1 row of every enabled part of a MergedLinear."""
+        """First and last + 1 row of the output of every part that has an update."""
+        if self.kind != "MergedLinear":
+            return [(0, self.shape[0])]
         return list(part_rows(self.out_splits or (), self.enable_lora or ()))
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Those of `magnitude` and `lora_bias` that there are."""
+        both = {"magnitude": self.magnitude, "lora_bias": self.lora_bias}
+        return {name: vector for name, vector in both.items() if vector is not None}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -175,10 +184,9 @@ class Layer:
             A = torch.unflatten(self.lora_A, 0, (self.parts, self.r))
             found = {"lora_A": A[:, :r].flatten(0, 1), "lora_B": self.lora_B[:, :r]}
             found |= {"lora_A0": A[:, r:].flatten(0, 1), "lora_B0": -self.lora_B[:, r:]}
-        if self.magnitude is not None:
-            found["lora_magnitude"] = self._updated(self.magnitude)
-        if self.lora_bias is not None:
-            found["lora_bias"] = self._updated(self.lora_bias)
+        for name, vector in self.vectors.items():
+            pieces = [vector[start:stop] for start, stop in self.rows]
+            found[_OWN_NAMES[name]] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return found
 
     def is_zero(self) -> bool:
@@ -199,26 +207,14 @@ class Layer:
             A = torch.cat([torch.unflatten(A, 0, (self.parts, -1)), frozen], 1).flatten(0, 1)
             B = torch.cat([B, -values["lora_B0"]], 1)
         vectors = {}
-        for own, name in (("lora_magnitude", "magnitude"), ("lora_bias", "lora_bias")):
-            if own in values:
-                value, full = values[own], getattr(self, name)
-                kept = value.new_zeros(full.shape) if full.is_meta else full.to(value, copy=True)
-                for rows, part in zip(self.row_ranges(), self._split(value), strict=True):
-                    kept[slice(*rows)] = part
-                vectors[name] = kept
+        for name, full in self.vectors.items():
+            value = values[_OWN_NAMES[name]]
+            kept = value.new_zeros(full.shape) if full.is_meta else full.to(value, copy=True)
+            parts = torch.split(value, [stop - start for start, stop in self.rows])
+            for (start, stop), part in zip(self.rows, parts, strict=True):
+                kept[start:stop] = part
+            vectors[name] = kept
         return self.with_factors(A, B, **vectors)
-
-    def row_ranges(self) -> list[tuple[int, int]]:
-        """First and last + 1 row of the output of every part that has an update."""
-        return self.rows if self.kind == "MergedLinear" else [(0, self.shape[0])]
-
-    def _split(self, vector: Tensor) -> Sequence[Tensor]:
-        return torch.split(vector, [stop - start for start, stop in self.row_ranges()])
-
-    def _updated(self, vector: Tensor) -> Tensor:
-        """The values of the rows that have an update."""
-        pieces = [vector[start:stop] for start, stop in self.row_ranges()]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def with_factors(self, lora_A: Tensor, lora_B: Tensor, **changes: object) -> Layer:
         return replace(self, lora_A=lora_A, lora_B=lora_B, **changes)  # type: ignore[arg-type]

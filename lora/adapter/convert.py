@@ -103,17 +103,9 @@ def _pieces(
     ]
 
 
-_VECTORS = ("magnitude", "lora_bias")
-
-
-def _names_of_vectors(layer: Layer) -> list[str]:
-    return [name for name in _VECTORS if getattr(layer, name) is not None]
-
-
 def _vectors_of_parts(layer: Layer, rows: Sequence[int]) -> list[dict[str, Any]]:
     """DoRA's magnitude and lora_bias, where there are such, of every part."""
-    there = {name: getattr(layer, name) for name in _names_of_vectors(layer)}
-    pieces = {name: torch.split(vector, list(rows)) for name, vector in there.items()}
+    pieces = {name: torch.split(vector, list(rows)) for name, vector in layer.vectors.items()}
     return [{name: parts[i] for name, parts in pieces.items()} for i in range(len(rows))]
 
 
@@ -164,9 +156,7 @@ def fuse(adapter: Adapter) -> Adapter:
 
 def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
     there = [layer for layer in found if layer is not None]
-    facts = {
-        (x.kind, x.r, x.scaling, x.frozen_rank, x.use_lorafa, *_names_of_vectors(x)) for x in there
-    }
+    facts = {(x.kind, x.r, x.scaling, x.frozen_rank, x.use_lorafa, *x.vectors) for x in there}
     if len(facts) > 1 or there[0].kind != "Linear":
         raise AdapterError(
             f"{name}: its parts have (kind, r, scale, PiSSA's frozen rank, LoRA-FA, ...) "
@@ -191,7 +181,7 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
                 for part, rows_of in zip(found, splits, strict=True)
             ]
         )
-        for own in _names_of_vectors(first)
+        for own in first.vectors
     }
     if None not in found and all(torch.equal(x.lora_A, first.lora_A) for x in there):
         return first.with_factors(first.lora_A, B, **vectors)
@@ -247,12 +237,12 @@ def portable(adapter: Adapter, dtype: torch.dtype | None = None) -> tuple[Adapte
 
 
 def _refuse_vectors(name: str, layer: Layer, who: str) -> None:
-    for own, feature in zip(_VECTORS, ("DoRA's magnitude", "a lora_bias"), strict=True):
-        if getattr(layer, own) is not None:
-            raise AdapterError(
-                f"{name} has {feature}, which {who} not read: merge the adapter into its base instead "
-                "(python -m lora merge)"
-            )
+    for own in layer.vectors:
+        feature = {"magnitude": "DoRA's magnitude", "lora_bias": "a lora_bias"}[own]
+        raise AdapterError(
+            f"{name} has {feature}, which {who} not read: merge the adapter into its base instead "
+            "(python -m lora merge)"
+        )
 
 
 def to_loralib(adapter: Adapter) -> dict[str, Tensor]:

@@ -222,7 +222,7 @@ class _Merge:
         magnitude = layer.magnitude.detach().cpu()
         norms = squares.sqrt_().to(magnitude.dtype).double()  # rounded alike, as in lora.Linear
         scale = torch.ones_like(norms)
-        for start, stop in layer.row_ranges():
+        for start, stop in layer.rows:
             near = norms[start:stop].masked_fill(norms[start:stop] == 0, 1.0)
             scale[start:stop] = magnitude[start:stop].double() / near
         return scale

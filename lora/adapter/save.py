@@ -183,9 +183,13 @@ def _vectors(layer: LoRALayer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(layer, Linear) and "use_dora" in layer.variant:
         magnitude = layer.lora_magnitude.detach()
-        norms = torch.linalg.vector_norm(matrix(layer).detach(), dim=1).to(magnitude.dtype)
-        updated = layer.all_rows(torch.ones_like(magnitude), 0.0).bool()
-        found["magnitude"] = torch.where(updated, layer.all_rows(magnitude, 0.0), norms)
+        if (
+            len(magnitude) < layer.out_features
+        ):  # the weight is read for rows without an update alone
+            norms = torch.linalg.vector_norm(matrix(layer).detach(), dim=1).to(magnitude.dtype)
+            updated = layer.all_rows(torch.ones_like(magnitude), 0.0).bool()
+            magnitude = torch.where(updated, layer.all_rows(magnitude, 0.0), norms)
+        found["magnitude"] = magnitude
     if isinstance(layer, Linear) and "lora_bias" in layer.variant:
         found["lora_bias"] = layer.all_rows(layer.lora_bias.detach(), 0.0)
     return found
