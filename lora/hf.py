@@ -80,8 +80,7 @@ class AdapterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        known = isinstance(model.__dict__.get("save_pretrained"), _AdapterOnly)
-        if not known and state.global_step > 0:
+        if not _is_served(model) and state.global_step > 0:
             raise ValueError(
                 "model_init made another model after its checkpoint was checked: resume with "
                 "Trainer(model=...), patched as it was for that run"
@@ -205,10 +204,15 @@ class _AdapterOnly:
             self.resuming = False
 
 
+def _is_served(model: nn.Module) -> bool:
+    """Whether an `_AdapterOnly` is on this very model."""
+    return isinstance(model.__dict__.get("save_pretrained"), _AdapterOnly)
+
+
 def _save_adapters_only(model: nn.Module, args: Any) -> None:
     """Put an `_AdapterOnly` on `model`, once; `args` are the Trainer's."""
     _check(model, args)
-    if not isinstance(model.__dict__.get("save_pretrained"), _AdapterOnly):
+    if not _is_served(model):
         only = _AdapterOnly(model)  # type: ignore[arg-type]
         model.__dict__["save_pretrained"] = only
         model.register_load_state_dict_pre_hook(only.before_load)  # type: ignore[no-untyped-call]
