@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.ops import autocast_off
+from .sharded import (
+    TENSOR_PARALLEL,
+    foreign,
+    is_sharded,
+    refuse_sharded,
+    say_once,
+    sharded_like,
+    whole_of,
+)
 from .variants import Variant, checked
 
 if TYPE_CHECKING:
@@ -47,6 +56,8 @@ class LoRALayer(_Module):
     With gradients enabled and something to train, eval forward takes the unmerged path, so that
     training in eval mode works. So does a forward inside `torch.compile`, where staleness cannot be
     seen, and one under `torch.func.functional_call` with tensors that are no Parameters.
+    So does a layer whose Parameters are sharded over processes (FSDP, tensor parallelism): merging
+    would gather them, and a process that evaluates alone would wait for the others. It says so once.
 
     In a subclass of your own call the torch module's `__init__` before this class's.
 
@@ -198,6 +209,12 @@ class LoRALayer(_Module):
                 " compute something else from its weight"
             )
         weight = layer._parameters.get("weight")
+        if is_sharded(weight) or foreign(weight):
+            raise TypeError(
+                f"lora.{cls.__name__}.from_module: the weight is sharded over processes "
+                f"({foreign(weight) or type(weight).__name__}): expected a plain nn.Parameter; patch "
+                "the model, or load the adapter into it, before an engine shards it"
+            )
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise TypeError(
                 f"lora.{cls.__name__}.from_module: the weight is a {type(weight).__name__} of "
@@ -222,6 +239,9 @@ class LoRALayer(_Module):
         With merge=True its weight is a new Parameter, weight + update. A layer that was built by
         its constructor gives the torch class that it extends.
         """
+        refuse_sharded(
+            self, "no plain module can take over from the engine", "save the adapter instead"
+        )
         plain_type = self.__dict__.get("_plain_type", self._default_plain_type())
         plain: nn.Module = plain_type.__new__(plain_type)
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._OWN})
@@ -248,6 +268,8 @@ class LoRALayer(_Module):
         """The merged weight if this forward may use it, made anew if it is missing or stale."""
         if self.training or not self.merge_weights or torch.compiler.is_compiling():
             return None
+        if self.is_sharded:
+            return self._merge()
         sources = self._merged_from()
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
             self._look_closer = True
@@ -262,6 +284,12 @@ class LoRALayer(_Module):
         None if a tensor is no plain Parameter with values and a count of its changes: on the meta
         device, fake, born in inference mode, or put in by `torch.func.functional_call`.
         """
+        if self.is_sharded:
+            say_once(
+                "a LoRA layer whose Parameters are sharded over processes is not merged in eval mode "
+                "(merge_weights=True): it stays exact, at the cost of the update in each forward"
+            )
+            return None
         sources = self._merged_from()
         if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in sources):
             return None
@@ -282,6 +310,43 @@ class LoRALayer(_Module):
         """The weight, and the update's tensors, be they Parameters or parametrised."""
         return (self.weight, *(getattr(self, own) for own in self._update_shapes()))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine has spread the Parameters over processes, gathered now or not."""
+        return self._is_fsdp_managed_module or any(map(is_sharded, self._parameters.values()))
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """The mark that FSDP leaves on every module whose Parameters it manages."""
+        return bool(self.__dict__.get("_fsdp_managed", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        if value and self.merged:
+            raise ValueError(
+                f"fully_shard on a merged {type(self).__name__} (eval mode, merge_weights=True): every "
+                "process would keep its whole merged weight; build the model again and call "
+                "model.train() before fully_shard, or take merge_weights=False"
+            )
+        self.__dict__["_fsdp_managed"] = value
+
+    def in_one_process(self, weight: bool = True) -> Self:
+        """This layer with whole Parameters, as if nothing were sharded. Collective.
+
+        weight=False leaves the plain layer's own Parameters as they are.
+        """
+        one = type(self).__new__(type(self))
+        one.__dict__.update(self.__dict__)
+        one.__dict__["_parameters"] = {
+            own: nn.Parameter(whole_of(self, own), p.requires_grad)
+            if p is not None and (weight or own.startswith("lora_"))
+            else p
+            for own, p in self._parameters.items()
+        }
+        for name in ("_fsdp_managed", TENSOR_PARALLEL, "forward"):
+            one.__dict__.pop(name, None)
+        return one
+
     def _drop_merged(self) -> None:
         self._merged, self.merged = None, False
 
@@ -298,9 +363,18 @@ class LoRALayer(_Module):
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load; a whole tensor into a sharded Parameter too, of which each process takes its part."""
         self._drop_merged()
-        super()._load_from_state_dict(*args, **kwargs)
+        for own, parameter in self._parameters.items():
+            value = state_dict.get(prefix + own)
+            if value is None or not is_sharded(parameter) or is_sharded(value):
+                continue
+            if TENSOR_PARALLEL not in self.__dict__:  # which has a hook of its own
+                state_dict[prefix + own] = sharded_like(value, parameter)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ._base import LoRALayer
 from .kernels import lora_linear
 from .kernels.ops import autocast_off
+from .sharded import assign_to
 from .variants import NAMES, checked, principal_factors, row_norms, taken_from
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Linear(LoRALayer, nn.Linear):
     lora_magnitude: Tensor
     lora_bias: Tensor
     fan_in_fan_out = False
+    dropout_seed: Tensor | None = None  # None: the mask is drawn from torch's generator
     out_splits: tuple[int, ...] | None = None  # one part, see MergedLinear
     enable_lora: Sequence[bool] | None = None
 
@@ -173,6 +175,14 @@ class Linear(LoRALayer, nn.Linear):
     @torch.no_grad()
     def _derive_from_weight(self) -> None:
         """Set what begins as a function of the frozen weight: PiSSA's factors, DoRA's magnitude."""
+        if not {"init_lora_weights", "use_dora"} & self.variant.keys():
+            return
+        if self.is_sharded:
+            one = self.in_one_process()
+            one._derive_from_weight()
+            for own, parameter in one.update_parameters().items():
+                assign_to(self, own, parameter)
+            return
         if "init_lora_weights" in self.variant:
             init, weight = str(self.variant["init_lora_weights"]), self._matrix(self.weight)
             pairs = [
@@ -256,6 +266,7 @@ class Linear(LoRALayer, nn.Linear):
             splits=self.out_splits,
             enabled=self.enable_lora,
             dropout_p=self._dropout_p,
+            seed=self.dropout_seed,
         )
         if "use_dora" not in self.variant:
             return y

@@ -17,6 +17,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .full import full_modules, original, settle, trainable_copy
 from .linear import Linear, is_transformers_conv1d
+from .sharded import refuse_sharded
 from .state import mark_only_lora_as_trainable, merged_bias, tied_updates
 from .switch import forget_adapters
 from .targets import by_pattern, find_modules_to_save, find_targets
@@ -128,9 +129,14 @@ def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
     `requires_grad` stays as it is. Of several adapters (`lora.set_adapter`) all are removed, and the
     active one is what is merged. If `model` is itself a LoRA layer, the plain layer is returned.
     Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
-    meta device, if a weight to be changed is tied to another module, or if an update has a bias
-    (`lora_bias`) and its layer none.
+    meta device, if a weight to be changed is tied to another module, if an update has a bias
+    (`lora_bias`) and its layer none, or if the model is sharded over processes.
     """
+    refuse_sharded(
+        model,
+        "its engine knows the modules that it has",
+        "lora.save_adapter, and `lora merge` on the checkpoint or unpatch in one process",
+    )
     if merge:
         _check_mergeable(model)
     if isinstance(model, LoRALayer):

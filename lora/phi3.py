@@ -75,7 +75,7 @@ def patch_phi3(
     """
     check_patchable(model)
     checked("patch_phi3", variant)
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"task_type={task_type!r}: expected 'CAUSAL_LM' or None; for another head pass None and "
@@ -137,7 +137,7 @@ def qkv_splits(config: Any) -> list[int]:
     return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
 
 
-def _decoder_layers(model: nn.Module) -> list[str]:
+def decoder_layers(model: nn.Module) -> list[str]:
     """Names of the modules with Phi-3's four projections in self_attn and mlp."""
     layers = [
         name

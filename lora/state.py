@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._base import LoRALayer, lora_layers
 from .full import full_modules
+from .sharded import gatherer, refuse_sharded, reshard
 from .switch import BIAS_MODE, adapter_names, inner_model
 
 _BIAS_MODES = ("none", "all", "lora_only")
@@ -69,9 +70,15 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Load it with `model.load_state_dict(..., strict=False)` after the pretrained weights. Of a model
     that `torch.compile` returned, the keys are those of the model inside. Raises ValueError for a
     `bias` other than "none", "all" and "lora_only".
+
+    Of a model that is sharded over processes (FSDP2, tensor parallelism) the entries are whole, as one
+    process would have them: copies, gathered, so call it in every process. Loaded into a sharded model,
+    each process takes its part.
     """
+    reshard(model)
     chosen = {id(p) for p in adapter_parameters(model, bias)}
-    return {name: p.detach() for name, p in _state(model).items() if id(p) in chosen}
+    gathered = gatherer(model)
+    return {name: gathered(p) for name, p in _state(model).items() if id(p) in chosen}
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -81,8 +88,13 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     what loralib users had from `model.eval(); torch.save(model.state_dict())`. Warns if a weight
     with an update is tied to another module: then the two entries differ, and only a model with
     untied weights can hold them. Raises ValueError for an update with a bias (`lora_bias`) on a layer
-    without one.
+    without one, and for a model that is sharded over processes.
     """
+    refuse_sharded(
+        model,
+        "merging would gather every weight in every process",
+        "lora.save_adapter, then `lora merge` on the checkpoint",
+    )
     state = _state(model)
     # The entry of a weight comes beside that of its lora_A, whatever wrappers did to the names.
     keys: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}

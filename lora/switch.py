@@ -15,6 +15,7 @@ from torch import nn
 
 from ._base import LoRALayer, lora_layers
 from .full import bring_over, full_modules, is_full, original
+from .sharded import refuse_sharded
 
 DEFAULT = "default"
 _STORE = "_lora_adapters"
@@ -88,12 +89,17 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def refuse_data_parallel(model: nn.Module) -> None:
-    """ValueError for a wrapper that keeps a list of the Parameters that were there when it was made."""
+    """ValueError for an engine that keeps a list of the Parameters that were there when it was made."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "the model is in DistributedDataParallel, which does not know other Parameters: change "
             "the adapters of model.module, then wrap it again"
         )
+    refuse_sharded(
+        inner_model(model),
+        "its engine does not know the Parameters of another adapter",
+        "load and choose the adapter before fully_shard or parallelize_module",
+    )
 
 
 def add_adapter(
@@ -120,8 +126,9 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Exact and without a pass over any weight. What trains is what trained when it was active last,
     so make a new optimizer, or one over the Parameters of all adapters. A compiled model does not
     recompile for the same ranks and scales, and once for a new one. Raises ValueError if there is
-    no such adapter, within `lora.disabled`, and for a model in DistributedDataParallel, which would
-    not know the other Parameters. `model.to(dtype)` changes the factors of the active adapter alone.
+    no such adapter, within `lora.disabled`, and for a model in DistributedDataParallel or a sharded
+    one, which would not know the other Parameters. `model.to(dtype)` changes the factors of the
+    active adapter alone.
 
     >>> set_adapter(model, "b")  # doctest: +SKIP
     """
@@ -152,6 +159,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             f"adapter {name!r} is active: lora.set_adapter(model, {others[0]!r}) first"
         )
     if not others:
+        refuse_data_parallel(model)
         _put(model, store, store.modules[name], {})
         forget_adapters(model)
     else:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..sharded import is_sharded, values_at
+
 _SAMPLE = 64
 _SMALLEST = 2.0**-14
 
@@ -34,11 +36,16 @@ def of_sample(values: Tensor, shape: tuple[int, ...]) -> str:
     return hashlib.sha256(data.encode()).hexdigest()[:16] + mark
 
 
-def fingerprint(weight: Tensor) -> str | None:
+def fingerprint(weight: Tensor, order: Tensor | None = None) -> str | None:
     """The fingerprint of `weight`, a matrix as (out, in); None if its values are not at hand.
 
-    They are not for weights that are quantised, sharded, fake or on the meta device.
+    They are not for weights that are quantised, fake or on the meta device. Of a sharded weight every
+    process must ask, and `order` is the row that each of its rows is in one process.
     """
+    if is_sharded(weight) and not weight.is_meta and weight.ndim == 2:
+        rows, columns = torch.unravel_index(torch.tensor(positions(weight.numel())), weight.shape)
+        rows = rows if order is None else order.argsort()[rows]
+        return of_sample(values_at(weight, (rows, columns)), tuple(weight.shape))
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
     if not plain or weight.is_meta:
         return None
@@ -65,7 +72,7 @@ def compare(
     if not known:
         return "not checked: the adapter has no fingerprint of them", None
     if None in verdicts.values():
-        return "not checked: quantised, sharded, on the meta device, or rounded by fp16", None
+        return "not checked: quantised, on the meta device, or rounded by fp16", None
     return "matches", None
 
 

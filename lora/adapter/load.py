@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._base import LoRALayer
 from ..patch import build_all, check_patchable, install, unchanged_on_error
+from ..sharded import assign, is_sharded, reshard, row_order
 from ..switch import (
     DEFAULT,
     adapter_names,
@@ -87,7 +88,8 @@ def load_adapter(
     `name` on such a model adds a further adapter, inactive until `lora.set_adapter`.
 
     Args:
-        model: changed in place.
+        model: changed in place. If it is sharded over processes, call this in every process; each
+            reads the file and takes its part. A plain model is patched first and sharded then.
         path: a folder, or a file in it. A `.pt` file (`torch.save(lora_state_dict(model), ...)`)
             needs a model that is patched already, since it does not say rank and alpha.
         name: of the adapter on the model; None is the active one ("default" on a plain model).
@@ -106,6 +108,7 @@ def load_adapter(
     Warns if every update is zero: such an adapter does nothing yet.
     """
     wrapper, model = model, inner_model(model)
+    reshard(model)
     names = adapter_names(model)
     if lora_dtype is not None and not lora_dtype.is_floating_point:
         raise ValueError(f"lora_dtype={lora_dtype}: expected a floating-point dtype")
@@ -178,16 +181,22 @@ def _restoring(model: nn.Module, values: Iterable[tuple[str, str, Tensor]]) -> I
     for path, own, _ in values:
         module = model.get_submodule(path)
         tensor = tensor_of(module, own)
-        kept = None if tensor is None or tensor.is_meta else tensor.detach().clone()
+        kept = None if tensor is None or tensor.is_meta else _local(tensor).clone()
         before.append((registry_of(module, own), own, tensor, kept))
     try:
         yield
     except BaseException:
         for registry, own, tensor, kept in before:
             registry[own] = tensor
-            if tensor is not None and kept is not None and not _same_bits(tensor.detach(), kept):
-                tensor.detach().copy_(kept)
+            if tensor is not None and kept is not None and not _same_bits(_local(tensor), kept):
+                _local(tensor).copy_(kept)
         raise
+
+
+def _local(tensor: Any) -> Tensor:
+    """The values that lie in this process, detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -245,8 +254,7 @@ def _set_value(module: nn.Module, own: str, value: Tensor) -> None:
     registry, now = registry_of(module, own), tensor_of(module, own)
     assert now is not None
     if not now.is_meta:
-        with torch.no_grad():
-            now.copy_(value)
+        assign(now, value, row_order(module, own))
     elif isinstance(now, nn.Parameter):  # there is nothing to copy into
         registry[own] = nn.Parameter(value.to(now.dtype), now.requires_grad)
     else:

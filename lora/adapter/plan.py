@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..full import is_full
+from ..sharded import row_order, whole
 from ..state import bias_mode, is_bias
 from ..switch import BIAS_MODE, adapter_names, adapters_of, with_base
 from ..targets import linear_names
@@ -255,7 +256,7 @@ def _check_copies(plan: Plan, model: nn.Module, adapter: Adapter) -> None:
         now = base.get(key)
         if now is None:
             plan.problems[key] = f"unexpected tensor {key}: the model has none of this name"
-        elif now.shape != value.shape or not torch.equal(now.detach().cpu(), value.to(now.dtype)):
+        elif now.shape != value.shape or not torch.equal(whole(now).cpu(), value.to(now.dtype)):
             plan.problems[key] = (
                 f"unexpected tensor {key}: it differs from the model's; if it was trained, list its "
                 f"module in modules_to_save of {CONFIG_NAME}"
@@ -265,7 +266,11 @@ def _check_copies(plan: Plan, model: nn.Module, adapter: Adapter) -> None:
 def _compare_bases(plan: Plan, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Whether the frozen weights of `modules` are those of the training."""
     then = {n: x.fingerprint for n, x in adapter.layers.items() if n in modules}
-    now = {n: fingerprint.fingerprint(matrix(modules[n])) for n, known in then.items() if known}
+    now = {
+        n: fingerprint.fingerprint(matrix(modules[n]), row_order(modules[n], "weight"))
+        for n, known in then.items()
+        if known
+    }
     plan.base, problem = fingerprint.compare(then, now, adapter.base)
     if problem is not None:
         plan.problems["base"] = problem

@@ -17,6 +17,17 @@ from ..embedding import Embedding
 from ..full import full_modules
 from ..linear import Linear, is_transformers_conv1d
 from ..merged_linear import MergedLinear
+from ..sharded import (
+    all_or_none,
+    foreign,
+    gatherer,
+    is_writer,
+    reshard,
+    row_order,
+    sharded_tensor,
+    whole,
+    whole_of,
+)
 from ..state import adapter_parameters, bias_mode
 from ..switch import adapter_names, adapters_of, inner_model
 from .contents import Adapter, AdapterError, Layer
@@ -54,7 +65,9 @@ def save_adapter(
 
     Args:
         model: with LoRA layers of any class of this library; convolutions with kernel size 1 and one
-            group. It may be compiled or in a data-parallel wrapper.
+            group. It may be compiled or in a data-parallel wrapper. Of a model that is sharded over
+            processes (FSDP2, tensor parallelism) call it in every process: all gather the adapter,
+            the first writes it, and all return when it is written.
         directory: made if it is not there.
         name: which adapter of several; None is the active one.
         bias: biases to save, as in `mark_only_lora_as_trainable`; None: those that were marked so, or
@@ -63,8 +76,9 @@ def save_adapter(
 
     Raises:
         AdapterError: a layer that PEFT's format cannot hold exactly, factors with NaN or infinite
-            values, sharded or meta factors, a model without LoRA layers.
+            values, meta factors or such of another engine, a model without LoRA layers.
         OSError: no space, no permission, a directory that is a file. What was there is intact.
+        RuntimeError: in the other processes of a sharded model, where the first one could not write.
 
     Warns if something trains that an adapter does not hold.
     """
@@ -75,12 +89,22 @@ def save_adapter(
         adapter = adapter.replaced(base=base_model_name_or_path)
     if task_type is not None:
         adapter = adapter.replaced(task_type=task_type)
-    write_adapter(adapter, directory)
+    sharded = sharded_tensor(inner_model(model))
+    if sharded is None:
+        write_adapter(adapter, directory)
+    else:
+        with all_or_none(sharded):
+            if is_writer(sharded):
+                write_adapter(adapter, directory)
 
 
 def adapter_of(model: nn.Module, name: str | None = None, bias: str | None = None) -> Adapter:
-    """The adapter of `model` (the active one, or `name`), on the model's own tensors."""
+    """The adapter of `model` (the active one, or `name`), on the model's own tensors.
+
+    Of a sharded model it is on copies, gathered: call it in every process.
+    """
     model = inner_model(model)
+    reshard(model)
     modules = _modules_of(model, name)
     layers, saved = described(modules)
     if not layers and not saved:
@@ -133,7 +157,7 @@ def described(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], dict[
         if isinstance(module, LoRALayer):
             layers[name] = _described(name, module)
         else:
-            saved.update({f"{name}.{k}": v for k, v in module.state_dict().items()})
+            saved.update({f"{name}.{k}": whole(v) for k, v in module.state_dict().items()})
     return layers, saved
 
 
@@ -150,8 +174,8 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         raise AdapterError(
             f"{name} is a {type(layer).__name__}: expected one of lora's own classes"
         )
-    if hasattr(layer.lora_A, "device_mesh"):
-        raise AdapterError(f"{name} is sharded: gather its factors first")
+    if foreign(layer.lora_A):
+        raise AdapterError(f"{name}: its factors cannot be read: {foreign(layer.lora_A)}")
     if isinstance(layer, (Conv1d, Conv2d, Conv3d)) and not is_pointwise(layer):
         raise AdapterError(
             f"{name} is a {kind} with kernel size {layer.kernel_size} and {layer.groups} groups: "
@@ -161,7 +185,8 @@ def _described(name: str, layer: LoRALayer) -> Layer:
     parts: dict[str, Any] = {}
     if isinstance(layer, MergedLinear):
         parts = {"enable_lora": tuple(layer.enable_lora), "out_splits": tuple(layer.out_splits)}
-    A, B = (factor.detach() for factor in layer.factors())
+    one = layer.in_one_process(weight=False) if layer.is_sharded else layer
+    A, B = (factor.detach() for factor in one.factors())
     return Layer(
         kind=kind,
         lora_A=A,
@@ -170,7 +195,7 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         scaling=layer.scaling,
         lora_dropout=float(getattr(layer.lora_dropout, "p", 0.0)),
         transposed=_stands_for_conv1d(layer),
-        fingerprint=fingerprint(matrix(layer)),
+        fingerprint=fingerprint(matrix(layer), row_order(layer, "weight")),
         frozen_rank=B.shape[1] - layer.r,
         use_lorafa="use_lorafa" in layer.variant,
         **_vectors(layer),
@@ -182,16 +207,17 @@ def _vectors(layer: LoRALayer) -> dict[str, Any]:
     """DoRA's magnitude and the update's bias, for every row of the output."""
     found: dict[str, Any] = {}
     if isinstance(layer, Linear) and "use_dora" in layer.variant:
-        magnitude = layer.lora_magnitude.detach()
+        magnitude = whole_of(layer, "lora_magnitude")
         if (
             len(magnitude) < layer.out_features
         ):  # the weight is read for rows without an update alone
-            norms = torch.linalg.vector_norm(matrix(layer).detach(), dim=1).to(magnitude.dtype)
+            weight = layer._matrix(whole_of(layer, "weight"))
+            norms = torch.linalg.vector_norm(weight, dim=1).to(magnitude.dtype)
             updated = layer.all_rows(torch.ones_like(magnitude), 0.0).bool()
             magnitude = torch.where(updated, layer.all_rows(magnitude, 0.0), norms)
         found["magnitude"] = magnitude
     if isinstance(layer, Linear) and "lora_bias" in layer.variant:
-        found["lora_bias"] = layer.all_rows(layer.lora_bias.detach(), 0.0)
+        found["lora_bias"] = layer.all_rows(whole_of(layer, "lora_bias"), 0.0)
     return found
 
 
@@ -258,7 +284,7 @@ def _also_wrapped(model: nn.Module, full: Collection[str]) -> dict[str, Tensor]:
                 f"{name} has a low-rank update and a name that ends like one of {list(full)}: PEFT "
                 "would train it in full too; rename one of them"
             )
-        found.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+        found.update({f"{name}.{key}": whole(t) for key, t in module.state_dict().items()})
     return found
 
 
@@ -266,8 +292,8 @@ def biases_of(model: nn.Module, mode: str) -> dict[str, Tensor]:
     """The biases that the mode means, by their name in the plain model's state dict."""
     chosen = {id(p) for p in adapter_parameters(model, mode)}
     chosen -= {id(p) for p in adapter_parameters(model, "none")}
-    named = model.named_parameters()
-    return {plain_name(name): p.detach() for name, p in named if id(p) in chosen}
+    named, gathered = model.named_parameters(), gatherer(model)
+    return {plain_name(name): gathered(p) for name, p in named if id(p) in chosen}
 
 
 def _warn_of_the_rest(model: nn.Module, mode: str) -> None:
