@@ -3,12 +3,15 @@
     python finetune_phi3.py                                      # anywhere: CPU, no network, minutes
     python finetune_phi3.py --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl
 
+    torchrun --nproc-per-node 4 finetune_phi3.py [--parallel fsdp2]   # the same, in four processes
+
 The first form trains a small stand-in for Phi-3 (once, kept in the user's cache) and tunes it on
 questions about Python's standard library. The second does the same with the real one, on a GPU if
 there is one; each line of the data is {"messages": [{"role": "user", "content": "..."}, ...]}.
 
 Beside it: `chat_data` makes tokens of chats, `training` is the loop, `run_folder` what it writes,
-`stdlib_docs` and `standin` replace the downloads. The last line on stdout is a summary in JSON.
+`processes` shares the work, `stdlib_docs` and `standin` replace the downloads. The last line on stdout
+is a summary in JSON.
 Ctrl-C saves a checkpoint; the same command with --resume goes on from the newest one.
 """
 
@@ -29,11 +32,23 @@ from typing import Any
 # Read when torch is loaded: idle threads sleep rather than spin. On two quiet cores that costs this
 # small model a quarter of its speed; beside one other busy process it saves 80 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if os.environ.get("RANK", "0") != "0":  # of several processes the first alone prints
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is loaded
 
+import processes
 import torch
 import transformers
 from chat_data import Data, InputError, encode_data, fingerprint, read_conversations, split
-from models import adapt, answers, checkpoint_activations, device, load, side_by_side
+from models import (
+    adapt,
+    answers,
+    checkpoint_activations,
+    device,
+    folder_of,
+    load,
+    load_in_shards,
+    side_by_side,
+)
 from run_folder import (
     RunLog,
     load_checkpoint,
@@ -55,6 +70,8 @@ from transformers import (
 )
 
 import lora
+from lora.adapter import read_adapter
+from lora.adapter.merge import merge_checkpoint
 
 log = logging.getLogger("finetune")
 
@@ -123,16 +140,21 @@ standin_config: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the run begins: the base model's name or folder, how it is loaded, and the data."""
+    """Where the run begins: the base model's name or folder, how it is loaded, and the data.
+
+    parallel: "none", or the engine of several processes, "ddp" or "fsdp2".
+    """
 
     base: str
     model_config: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     data: Data
+    parallel: str
 
 
 def prepare(args: argparse.Namespace) -> Setup:
     """Choose the model and the data, and turn the data into tokens."""
+    parallel = processes.check(args.parallel)
     if args.data:
         chats, held_out = read_conversations(args.data), None
     else:
@@ -141,7 +163,10 @@ def prepare(args: argparse.Namespace) -> Setup:
         base = args.model
     else:  # what is held out is kept from the stand-in too
         texts = [doc.text() for doc in documentation()[0]]
-        base = str(standin_checkpoint(texts, args.cache_dir or user_cache(), args.base_steps))
+        cache = args.cache_dir or user_cache()
+        with processes.first_alone() as alone:
+            base = str(standin_checkpoint(texts, cache, args.base_steps)) if alone else ""
+        base = base or str(standin_checkpoint(texts, cache, args.base_steps))
     tokenizer = load(AutoTokenizer, base, cache_dir=args.cache_dir)
     longest, most = training_config["max_seq_length"], training_config["eval_samples"]
     model_config = {
@@ -150,7 +175,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         "attn_implementation": args.attn_implementation,
     }
     data = encode_data(chats, held_out, tokenizer, longest, most)
-    return Setup(base, model_config, tokenizer, data)
+    return Setup(base, model_config, tokenizer, data, parallel)
 
 
 @functools.cache
@@ -161,10 +186,23 @@ def documentation() -> tuple[list[Doc], list[Doc]]:
 
 def load_adapted(setup: Setup) -> PreTrainedModel:
     """The pretrained model with LoRA layers, and everything but these frozen."""
-    model = load(AutoModelForCausalLM, setup.base, **setup.model_config).to(device())
-    adapt(model, setup.base, **peft_config, **variant_config)
-    lora.mark_only_lora_as_trainable(model, bias=peft_config["bias"])
+
+    def change(model: PreTrainedModel) -> None:
+        adapt(model, setup.base, **peft_config, **variant_config)
+        lora.mark_only_lora_as_trainable(model, bias=peft_config["bias"])
+
+    if setup.parallel == "fsdp2":
+        return load_in_shards(setup.base, change, **setup.model_config)
+    model = load_plain(setup, setup.base)
+    change(model)
     return model
+
+
+def load_plain(setup: Setup, name: str) -> PreTrainedModel:
+    """The model `name` without an update, loaded as the base is: over all processes, or in each."""
+    if setup.parallel == "fsdp2":
+        return load_in_shards(name, lambda model: None, **setup.model_config)
+    return load(AutoModelForCausalLM, name, **setup.model_config).to(device())
 
 
 def train(setup: Setup, resume: bool) -> Trainer:
@@ -183,21 +221,36 @@ def train(setup: Setup, resume: bool) -> Trainer:
     model = load_adapted(setup)
     if training_config["gradient_checkpointing"]:
         checkpoint_activations(model, training_config["gradient_checkpointing_kwargs"])
-    lora.summary(model)
+    if processes.is_first():
+        lora.summary(model)
+    if processes.count() > 1:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+        peak = processes.most(processes.peak_mb())
+        log.info(
+            "%d processes by %s: at most %.0f MB in one after loading a model of %.0f MB",
+            processes.count(),
+            setup.parallel,
+            peak,
+            weights,
+        )
 
-    events = RunLog(output / "log.jsonl")
-    trainer = Trainer(model, setup.data, training_config, settings, output, events)
+    events = RunLog(output / "log.jsonl", writes=processes.is_first())
+    trainer = Trainer(model, setup.data, training_config, settings, output, events, setup.parallel)
     if checkpoint is None:
-        make_room(output, training_config["overwrite_output_dir"])
-        events.write("start", settings=settings, threads=torch.get_num_threads())
+        with processes.first_alone() as alone:
+            if alone:
+                make_room(output, training_config["overwrite_output_dir"])
+        machine = {"threads": torch.get_num_threads(), "processes": processes.count()}
+        events.write("start", settings=settings, **machine)
         events.write("data", **setup.data.counts())
         trainer.evaluate("before")
         replies = answers(model, setup.tokenizer, setup.data.held_out[:SHOWN])
         events.write("answers", when="before", answers=replies)
     else:
         trainer.resume(checkpoint)
-        if events.find("start")["threads"] != torch.get_num_threads():
-            log.warning("another number of threads than before: the last bits may differ")
+        before = events.find("start")
+        if (before["threads"], before["processes"]) != (torch.get_num_threads(), processes.count()):
+            log.warning("another number of threads or processes: the last bits may differ")
     trainer.run()
     return trainer
 
@@ -206,20 +259,26 @@ def evaluate_and_save(setup: Setup, trainer: Trainer) -> dict[str, Any]:
     """Loss and answers after the training, beside those from before it; then save the adapter."""
     events, output = trainer.log, trainer.folder
     loss = trainer.evaluate("after")
-    plot_losses(events.events, output / "loss.png")
+    if processes.is_first():
+        plot_losses(events.events, output / "loss.png")
     shown = setup.data.held_out[:SHOWN]
     before = events.find("answers", when="before")["answers"]
     after = answers(trainer.model, setup.tokenizer, shown)
     events.write("answers", when="after", answers=after)
     log.info("held-out questions, before and after:\n%s", side_by_side(shown, before, after))
 
-    lora.save_adapter(trainer.model, output / "adapter", base_model_name_or_path=setup.base)
-    return {
+    if setup.parallel == "fsdp2" or processes.is_first():  # of a sharded model, all gather it
+        lora.save_adapter(trainer.model, output / "adapter", base_model_name_or_path=setup.base)
+    report = {
         "eval_loss_before": events.find("evaluate", when="before")["loss"],
         "eval_loss_after": loss,
         "trainable_parameters": sum(p.numel() for p in trainer.trained),
         "tokens_per_second": round(trainer.tokens_per_second, 1),
     }
+    if processes.count() > 1:
+        peak = round(processes.most(processes.peak_mb()), 1)
+        report |= {"processes": processes.count(), "parallel": setup.parallel, "peak_mb": peak}
+    return report
 
 
 def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
@@ -227,7 +286,10 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     output = Path(training_config["output_dir"])
     size = training_config["per_device_eval_batch_size"]
     gc.collect()  # the trained model, of which nothing is needed any more
-    model = load(AutoModelForCausalLM, setup.base, **setup.model_config).to(device())
+    with processes.first_alone():
+        pass  # the adapter is written
+    sharded = setup.parallel == "fsdp2"
+    model = load_adapted(setup) if sharded else load_plain(setup, setup.base)
     lora.load_adapter(model, output / "adapter")
     reloaded = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
 
@@ -235,10 +297,17 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     if variant_config["lora_bias"]:
         log.info("not merged: Phi-3's layers have no biases to merge those of the updates into")
         return _checked(differences, model.dtype)
-    lora.unpatch(model, merge=True).save_pretrained(output / "merged")
-    setup.tokenizer.save_pretrained(output / "merged")
+    with processes.first_alone() as alone:
+        if alone and sharded:  # a block of a weight at a time
+            adapter = read_adapter(output / "adapter").checked()
+            merge_checkpoint(
+                folder_of(setup.base, setup.model_config["cache_dir"]), adapter, output / "merged"
+            )
+        elif alone:
+            lora.unpatch(model, merge=True).save_pretrained(output / "merged")
+            setup.tokenizer.save_pretrained(output / "merged")
     del model  # from here on as anyone would who has never heard of this library
-    plain = load(AutoModelForCausalLM, str(output / "merged"), **setup.model_config).to(device())
+    plain = load_plain(setup, str(output / "merged"))
     merged = evaluate(plain, setup.data.held_out, size, setup.data.pad_id)["loss"]
     reply = answers(plain, setup.tokenizer, setup.data.held_out[:1])[0]
     log.info("the merged model, %s, answers: %s", output / "merged", reply)
@@ -265,6 +334,7 @@ def arguments() -> argparse.Namespace:
     add("--output", metavar="FOLDER", help=f"default: {training_config['output_dir']}")
     add("--resume", action="store_true", help="go on from the newest checkpoint in the output")
     add("--steps", type=int, help="training steps; the same as --set max_steps=STEPS")
+    add("--parallel", choices=("ddp", "fsdp2"), help="under torchrun: the engine (default: ddp)")
     add("--seed", type=int, help="the same as --set seed=SEED")
     add("--dtype", choices=("float32", "bfloat16"), help="of the model's weights")
     add("--attn-implementation", default="sdpa", help="or eager, flash_attention_2 (default: sdpa)")
@@ -303,12 +373,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     began = time.perf_counter()
+    processes.start()
     args = arguments()
     try:
         assign((training_config, peft_config), args.set)
         check(training_config)
         logging.basicConfig(
-            level=training_config["log_level"].upper(), format="%(name)s: %(message)s"
+            level=training_config["log_level"].upper() if processes.is_first() else logging.ERROR,
+            format="%(name)s: %(message)s",
         )
         transformers.utils.logging.disable_progress_bar()
         with logging_redirect_tqdm():
@@ -316,14 +388,17 @@ def main() -> int:
             report = evaluate_and_save(setup, train(setup, args.resume))
             report |= check_and_export(setup, report["eval_loss_after"])
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if processes.is_first():
+            print("interrupted", file=sys.stderr)
         return 130
     report["seconds"] = round(time.perf_counter() - began, 1)
-    print(json.dumps(report))
-    return 0
+    if processes.is_first():
+        print(json.dumps(report))
+    return processes.stop(0)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from chat_data import Example, InputError, render
+from processes import first_alone, sharded
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import lora
+import lora.distributed
+
+_NEEDED = ["*.json", "*.safetensors", "*.jinja"]  # of a model on the Hub
 
 
 def device() -> torch.device:
@@ -31,6 +42,43 @@ def load(factory: Any, name: str, **options: Any) -> Any:
             else "there is no such folder here either"
         )
         raise InputError(f"cannot load {name}: {first_line} ({hint})") from error
+
+
+def load_in_shards(name: str, change: Callable[[nn.Module], object], **options: Any) -> Any:
+    """The model over all processes by FSDP2, each of which reads its own part of the checkpoint.
+
+    `change` adapts the model, while it has no weights yet. No process ever holds all of it.
+    """
+    cache = options.pop("cache_dir", None)
+    config = load(AutoConfig, name, cache_dir=cache)
+    folder = folder_of(name, cache)
+    dtype = getattr(torch, options.pop("dtype"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = load(GenerationConfig, str(folder))
+    # Of the frequencies, which are in no checkpoint, every process makes all.
+    with device():
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    change(model)
+    model = sharded(model)
+    try:
+        lora.distributed.load_sharded(model, folder, device())
+    except lora.AdapterError as error:
+        raise InputError(f"cannot load {name}: {error}") from error
+    return model.eval()
+
+
+def folder_of(name: str, cache: Path | None) -> Path:
+    """The folder of a model, downloaded by the first process if it is a name on the Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with first_alone() as alone:
+        if alone:
+            snapshot_download(name, cache_dir=cache, allow_patterns=_NEEDED)
+    return Path(snapshot_download(name, cache_dir=cache, allow_patterns=_NEEDED))
 
 
 def adapt(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:

@@ -83,14 +83,19 @@ def write_safely(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class RunLog:
-    """The events of a run: kept in memory, and appended to a JSONL file as they happen."""
+    """The events of a run: kept in memory, and appended to a JSONL file as they happen.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    writes: False in all but one of several processes.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.events: list[dict[str, Any]] = []
 
     def write(self, event: str, **values: Any) -> None:
         self.events.append({"event": event, **values})
+        if not self.writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.events[-1]) + "\n")
@@ -149,7 +154,7 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
 
 def _load(path: Path, message: str) -> dict[str, Any]:
     """The state in a file of `save_checkpoint`; `message` if the file is not whole."""
-    needed = {"settings", "step", "adapter", "optimizer", "scheduler", "rng", "running", "history"}
+    needed = {"settings", "step", "training", "scheduler", "rng", "running", "history"}
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes a zip but does not check its sums
             if damaged := archive.testzip():

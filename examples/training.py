@@ -3,11 +3,15 @@
 It needs nothing of LoRA but the two calls that say what is saved. Dropout draws from torch's
 generator, the order of the data is a function of seed and epoch, and a checkpoint holds the
 generator, so on a CPU with the same number of threads a resumed run ends with the same bits as one
-that was never interrupted. Not handled: several devices, packing, half-precision loss scaling.
+that was never interrupted. In several processes (`processes`) each batch is dealt to all of them, and a
+checkpoint is that of one process, for any number to go on from. Not handled: packing, half-precision
+loss scaling.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import math
 import signal
@@ -17,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import processes
 import torch
 import torch.nn.functional as F
 from chat_data import IGNORED, Data, Example, InputError, collate
@@ -26,6 +31,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 import lora
+import lora.distributed
 
 log = logging.getLogger("training")
 
@@ -42,9 +48,21 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     )
 
 
-def count_labels(batch: dict[str, Tensor]) -> int:
-    """How many tokens of the batch `loss_sum` looks at."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+def count_labels(examples: Sequence[Example]) -> int:
+    """How many tokens of the examples `loss_sum` looks at."""
+    return sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+
+
+def dealt(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """This process's rows of a batch; if there is none for it, one without labels.
+
+    For every process takes part in every forward and backward.
+    """
+    own = processes.share(examples)
+    if not own:
+        blank = torch.full_like(examples[0].labels, IGNORED)
+        own = [dataclasses.replace(examples[0], labels=blank)]
+    return collate(own, pad_id)
 
 
 @torch.no_grad()
@@ -57,10 +75,11 @@ def evaluate(
     total, tokens = 0.0, 0
     by_length = sorted(examples, key=lambda example: len(example.ids))  # less padding
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size], pad_id)
-        total += loss_sum(model, batch).item()
-        tokens += count_labels(batch)
+        rows = by_length[start : start + batch_size]
+        total += loss_sum(model, dealt(rows, pad_id)).item()
+        tokens += count_labels(rows)
     model.train(was_training)
+    (total,) = processes.total(total)
     return {"loss": total / tokens, "perplexity": math.exp(total / tokens)}
 
 
@@ -74,7 +93,7 @@ class _HeldInterrupt:
         self.noted = False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.noted:
+        if self.noted and processes.count() == 1:  # torchrun passes on what the terminal sends too
             raise SystemExit(130)
         self.noted = True
 
@@ -90,7 +109,8 @@ class Trainer:
     """Trains what requires a gradient, as `config` (the script's `training_config`) says.
 
     `settings` names all that decides the course of the run; it goes into every checkpoint, and a
-    checkpoint with other settings is refused. `folder` receives checkpoints and curves.
+    checkpoint with other settings is refused. `folder` receives checkpoints and curves. `parallel` is
+    the engine of several processes.
     """
 
     def __init__(
@@ -101,8 +121,10 @@ class Trainer:
         settings: dict[str, Any],
         folder: Path,
         log: RunLog,
+        parallel: str,
     ) -> None:
         self.model, self.data, self.config = model, data, config
+        self.called = processes.data_parallel(model, parallel)
         self.settings, self.folder, self.log = settings, folder, log
         self.accumulation = config["gradient_accumulation_steps"]
         self.batches = math.ceil(len(data.train) / config["per_device_train_batch_size"])
@@ -112,6 +134,7 @@ class Trainer:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         rates = config["learning_rate"], config["loraplus_lr_ratio"]
         self.optimizer = torch.optim.AdamW(lora.parameter_groups(model, *rates))
+        self.state = lora.distributed.TrainingState(model, self.optimizer)
         self.scheduler = get_scheduler(
             config["lr_scheduler_type"],
             self.optimizer,
@@ -121,7 +144,13 @@ class Trainer:
         self.step = 0
         self.tokens, self.seconds = 0, 0.0  # of this process, in training steps alone
         self.running = {"loss": 0.0, "steps": 0}  # since the last log event
+        if processes.count() > 1:  # other rows, other masks
+            self._seed_of_step()
         self.rng = _rng_state()
+
+    def _seed_of_step(self) -> None:
+        parts = self.config["seed"], self.step, processes.rank()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
 
     @property
     def tokens_per_second(self) -> float:
@@ -139,7 +168,7 @@ class Trainer:
                     self._evaluate_if_due()
                     with _HeldInterrupt() as interrupt:
                         self._step(interrupt, bar)
-                    if interrupt.noted:
+                    if processes.most(interrupt.noted):
                         raise KeyboardInterrupt
                     if self.step % self.config["save_steps"] == 0 or self.step == self.steps:
                         self.save()
@@ -159,15 +188,19 @@ class Trainer:
         first = self.step * self.accumulation
         batches = [self._batch(first + number) for number in range(self.accumulation)]
         labels = sum(map(count_labels, batches))
+        mine = labels / processes.count()  # the engines take the mean over processes
         total = 0.0
         for number, batch in enumerate(batches):
-            if number and interrupt.noted:
+            if number and interrupt.noted and processes.count() == 1:
                 self.optimizer.zero_grad()
                 return
-            loss = loss_sum(self.model, batch) / labels
-            loss.backward()
-            total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config["max_grad_norm"]).item()
+            with processes.reducing(self.called, now=number == len(batches) - 1):
+                loss = loss_sum(self.called, dealt(batch, self.data.pad_id)) / mine
+                loss.backward()
+            total += loss.item() / processes.count()
+        (total,) = processes.total(total)
+        clipped = nn.utils.clip_grad_norm_(self.trained, self.config["max_grad_norm"])
+        norm = processes.whole(clipped).item()
         if not math.isfinite(total + norm):
             raise InputError(
                 f"the loss or its gradient is not finite in step {self.step + 1}: try a smaller "
@@ -179,18 +212,18 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.rng = _rng_state()
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += sum(len(example.ids) for batch in batches for example in batch)
         self.seconds += time.perf_counter() - begun
         self._report(bar, total, learning_rate, norm)
 
-    def _batch(self, index: int) -> dict[str, Tensor]:
+    def _batch(self, index: int) -> list[Example]:
         """Batch number `index` of all epochs in a row; each epoch has an order of its own."""
         epoch, place = divmod(index, self.batches)
         generator = torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch)
         order = torch.randperm(len(self.data.train), generator=generator).tolist()
         size = self.config["per_device_train_batch_size"]
         rows = order[place * size : (place + 1) * size]
-        return collate([self.data.train[row] for row in rows], self.data.pad_id)
+        return [self.data.train[row] for row in rows]
 
     def _report(self, bar: tqdm, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Move the progress bar and, when it is due, log the mean loss since the last time."""
@@ -243,22 +276,28 @@ class Trainer:
         state = {
             "settings": self.settings,
             "step": self.step,
-            "adapter": lora.lora_state_dict(self.model, self.settings["peft_config.bias"]),
-            "optimizer": self.optimizer.state_dict(),
+            "training": self.state.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": self.rng,
+            "rng": processes.every(self.rng),
             "running": self.running,
             "history": self.log.events,
         }
-        save_checkpoint(self.folder / "checkpoints", state, self.config["save_total_limit"])
-        plot_losses(self.log.events, self.folder / "loss.png")
+        with processes.first_alone() as alone:
+            if alone:
+                keep = self.config["save_total_limit"]
+                save_checkpoint(self.folder / "checkpoints", state, keep)
+                plot_losses(self.log.events, self.folder / "loss.png")
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was made."""
-        self.model.load_state_dict(state["adapter"], strict=False)  # the settings are the same
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.state.load_state_dict(state["training"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.rng, self.running = state["step"], state["rng"], state["running"]
+        self.step, self.running = state["step"], state["running"]
+        if len(state["rng"]) == processes.count():
+            self.rng = state["rng"][processes.rank()]
+        else:  # then the masks of dropout are others
+            self._seed_of_step()
+            self.rng = _rng_state()
         self.log.events = state["history"]
         self.log.write("resume", step=self.step)
 
