@@ -167,7 +167,7 @@ def _path(layer: LoRALayer) -> str:
     if not isinstance(layer, Linear):
         return f"torch: there are no fused kernels for {type(layer).__name__}"
     if hasattr(layer.weight, "device_mesh"):
-        return "decided at the call: the weight is sharded now, and FSDP gathers it for the forward"
+        return "decided at the call: the weight is sharded, FSDP gathers it then"
     x = layer.weight.new_empty((0, layer.in_features))
     said: str = explain(x, layer._matrix(layer.weight), layer.bias, *layer.factors())
     return said

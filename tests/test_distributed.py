@@ -12,6 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lora
+import lora.distributed
+import lora.tensor_parallel
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 BOUND = 1e-5  # in fp32, relative
@@ -90,3 +97,106 @@ def test_a_stuck_process_is_named(folder):
     lines, output = launch(2, folder, "one_is_stuck", STUCK_SECONDS="5")
     assert not lines
     assert "Rank 1 failed to pass monitoredBarrier" in output or "Ranks 1 failed" in output, output
+
+
+# In this very process
+
+
+def small(dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=False)).to(dtype)
+
+
+def steps(model, optimizer, count):
+    losses = []
+    for number in range(count):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(number))
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_state_of_one_process_goes_through_torch_save(tmp_path):
+    def begin(seed):
+        torch.manual_seed(seed)
+        model = lora.patch(small(), ["0", "2"], r=2, lora_alpha=4, bias="all")
+        return model, torch.optim.AdamW(lora.parameter_groups(model, 1e-2))
+
+    model, optimizer = begin(1)
+    steps(model, optimizer, 3)
+    torch.save(lora.distributed.TrainingState(model, optimizer).state_dict(), tmp_path / "state.pt")
+    want = steps(model, optimizer, 3)
+    model, optimizer = begin(2)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state["parameters"]) == {
+        *("0.lora_A", "0.lora_B", "0.bias", "2.lora_A", "2.lora_B"),
+    }
+    lora.distributed.TrainingState(model, optimizer).load_state_dict(state)
+    assert steps(model, optimizer, 3) == want
+
+
+def test_a_state_of_another_adapter_changes_nothing():
+    model = lora.patch(small(), ["0"], r=2, lora_alpha=4)
+    other = lora.patch(small(), ["0"], r=3, lora_alpha=4)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    state = lora.distributed.TrainingState(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"0\.lora_A is \(2, 6\), in the model \(3, 6\)"):
+        lora.distributed.TrainingState(
+            other, torch.optim.AdamW(other.parameters())
+        ).load_state_dict(state.state_dict())
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_checkpoint_fills_a_model_from_the_meta_device(tmp_path):
+    base = small()
+    save_file(base.state_dict(), tmp_path / "model.safetensors")
+    torch.manual_seed(3)
+    want = lora.patch(base, ["0"], r=2, lora_alpha=4).state_dict()
+    model = lora.patch(small(device="meta"), ["0"], r=2, lora_alpha=4)
+    torch.manual_seed(3)
+    lora.distributed.load_sharded(model, tmp_path)
+    got = model.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(tmp_path):
+    state = small().state_dict()
+    state["2.weight"] = torch.ones(5, 8)
+    del state["0.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    model = small(device="meta")
+    model.register_buffer("table", torch.empty(2, device="meta"))
+    with pytest.raises(lora.AdapterError) as caught:
+        lora.distributed.load_sharded(model, tmp_path)
+    for words in (
+        "missing tensor 0.bias",
+        "2.weight is (5, 8), in the model (4, 8)",
+        "the buffer table is on the meta device",
+        "nothing was read",
+    ):
+        assert words in str(caught.value)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_parameters_that_deepspeed_has_partitioned_are_refused_by_name():
+    model = small()
+    model[0].weight.ds_id = 7  # as ZeRO stage 3 marks them, beside emptying them
+    with pytest.raises(
+        TypeError, match=r"0: .*DeepSpeed ZeRO-3 has partitioned it.*before an engine"
+    ):
+        lora.patch(model, ["0"], r=2, lora_alpha=4)
+    model = lora.patch(small(), ["0"], r=2, lora_alpha=4)
+    model[0].lora_A.ds_id = 7
+    with pytest.raises(lora.AdapterError, match="0: its factors cannot be read: DeepSpeed"):
+        lora.save_adapter(model, "nowhere")
+
+
+def test_the_rows_of_parts_are_dealt_to_each_process():
+    dealing = lora.tensor_parallel._dealing((4, 2, 2), 2)
+    assert dealing.tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
