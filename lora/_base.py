@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .kernels.ops import autocast_off
 from .sharded import (
     TENSOR_PARALLEL,
-    foreign,
     is_sharded,
     refuse_sharded,
     say_once,
@@ -209,10 +208,11 @@ class LoRALayer(_Module):
                 " compute something else from its weight"
             )
         weight = layer._parameters.get("weight")
-        if is_sharded(weight) or foreign(weight):
+        if is_sharded(weight) or hasattr(weight, "ds_id"):
+            engine = type(weight).__name__ if is_sharded(weight) else "DeepSpeed ZeRO-3"
             raise TypeError(
                 f"lora.{cls.__name__}.from_module: the weight is sharded over processes "
-                f"({foreign(weight) or type(weight).__name__}): expected a plain nn.Parameter; patch "
+                f"({engine}): expected a plain nn.Parameter; patch "
                 "the model, or load the adapter into it, before an engine shards it"
             )
         if type(weight) is not nn.Parameter or not weight.is_floating_point():

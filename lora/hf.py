@@ -9,8 +9,10 @@ transformers. In a checkpoint folder lie then, beside the Trainer's own files,
                           it a description of the adapter, so that another one is refused
 
 and never the base, nor a config.json, with which `from_pretrained` would take the folder for a whole
-model and fill it with random weights. Not served, and refused by name: FSDP, DeepSpeed, and generation
-by vLLM, which is sent the model's parameters and knows no update.
+model and fill it with random weights. Not served, and refused by name: FSDP and DeepSpeed, under which
+the Trainer gathers and writes the whole model past anything that a callback or the model could hold
+back (training itself works), and generation by vLLM, which is sent the model's parameters and knows
+no update.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from .adapter.files import write_file
 from .adapter.save import active_modules, described
 from .full import full_modules, original
 from .patch import unpatch
+from .sharded import sharded_tensor
 from .state import adapter_parameters, bias_mode
 from .switch import inner_model
 
@@ -50,6 +53,14 @@ _Description = dict[str, dict[str, Any]]
 
 _BEST = "best"  # folder of the best adapter in the Trainer's output_dir
 _DESCRIPTION = "lora_adapter"  # entry of model.safetensors: `_describe`, in JSON, as bytes
+_INSTEAD = (
+    "train without AdapterCallback, and call lora.save_adapter(trainer.model, folder) in every "
+    "process, in a callback's on_save or at the end: all gather the adapter, the first writes it"
+)
+_DEEPSPEED_ADVICE = (
+    "train without AdapterCallback, and call lora.save_adapter(trainer.model, folder) in one process "
+    "at the end; with ZeRO's stage 3 within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+)
 
 
 class AdapterCallback(TrainerCallback):
@@ -67,9 +78,10 @@ class AdapterCallback(TrainerCallback):
     `state_dict` of your own, the plain model as before.
 
     Raises ValueError when the Trainer is built: a model without LoRA layers, a compiled one, one
-    that is none of transformers', FSDP, DeepSpeed; with TRL, `sync_ref_model`, `use_vllm` and an
-    update of the output head. When training begins: a resumed one whose model `model_init` has made
-    meanwhile, since its checkpoint was loaded without a check.
+    that is none of transformers', one that is sharded over processes, FSDP, DeepSpeed (the message
+    says what to do instead); with TRL, `sync_ref_model`, `use_vllm` and an update of the output
+    head. When training begins: a resumed one whose model `model_init` has made meanwhile, since its
+    checkpoint was loaded without a check.
     """
 
     def __init__(self) -> None:
@@ -234,13 +246,17 @@ def _check(model: nn.Module, args: Any) -> None:
             f"{kind} has no LoRA layers: call lora.patch_phi3(model) or lora.patch(model, ...) "
             "before the Trainer is built"
         )
-    for engine in ("fsdp", "deepspeed"):
+    for engine, advice in (("fsdp", _fsdp_advice(args)), ("deepspeed", _DEEPSPEED_ADVICE)):
         by_accelerate = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower()
         if getattr(args, engine, None) or by_accelerate in ("1", "true"):
             raise ValueError(
-                f"{engine}: its checkpoints are not the adapter's; leave AdapterCallback out, and "
-                "lora.save_adapter the gathered model at the end"
+                f"{engine}: its checkpoints are not the adapter's, but whole models, which it gathers "
+                f"and writes without asking the model; {advice}"
             )
+    if sharded_tensor(model) is not None:
+        raise ValueError(
+            f"{kind} is sharded over processes: expected a model that is whole in each; {_INSTEAD}"
+        )
     if getattr(args, "use_vllm", False):
         raise ValueError(
             "use_vllm=True: vLLM is sent the model's parameters, without the update in them; "
@@ -259,6 +275,19 @@ def _check(model: nn.Module, args: Any) -> None:
             "update would never train; leave the head out of target_modules, or name it in "
             "modules_to_save, which trains it in full"
         )
+
+
+def _fsdp_advice(args: Any) -> str:
+    """What to do instead under FSDP, whose version accelerate's launcher puts in the environment."""
+    by_arguments = getattr(args, "fsdp_plugin_args", None) or {}
+    version = by_arguments.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
+    if str(version) == "2":
+        return _INSTEAD
+    return (
+        f"of version {version} the adapter cannot be gathered either: take version 2 "
+        "(fsdp_config={'version': 2}, or accelerate launch --fsdp_version 2), and then "
+        f"{_INSTEAD}"
+    )
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

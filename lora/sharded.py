@@ -39,8 +39,11 @@ def sharded_tensor(model: nn.Module) -> Any:
 
 def foreign(tensor: object) -> str:
     """Why a Parameter holds no values that can be read here, in words; empty if it does."""
-    if hasattr(tensor, "ds_id"):
-        return "DeepSpeed ZeRO-3 has partitioned it, and an empty tensor stands in its place"
+    if isinstance(tensor, Tensor) and hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        return (
+            "DeepSpeed ZeRO-3 has partitioned it, an empty tensor stands in its place; its values are "
+            "there within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
     return ""
 
 
@@ -48,7 +51,7 @@ def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
     """ValueError by name if a Parameter of `model` is sharded or an engine manages its module."""
     for name, module in model.named_modules():
         managed = getattr(module, "_is_fsdp_managed_module", False)
-        if managed or any(is_sharded(p) for p in module._parameters.values()):
+        if managed or any(is_sharded(p) or foreign(p) for p in module._parameters.values()):
             raise ValueError(f"{name or type(module).__name__} is sharded: {what}; {advice}")
 
 
@@ -90,6 +93,8 @@ def whole(tensor: Tensor, order: Tensor | None = None) -> Tensor:
     order: the row of the result that each stored row is, if they are stored in another order.
     """
     detached: Any = tensor.detach()
+    if foreign(tensor):
+        raise ValueError(f"a Parameter cannot be read: {foreign(tensor)}")
     if not is_sharded(detached) or detached.is_meta:
         return detached  # type: ignore[no-any-return]
     mesh = detached.device_mesh

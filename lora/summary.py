@@ -13,6 +13,7 @@ from .full import full_modules
 from .kernels import explain
 from .linear import Linear, is_transformers_conv1d
 from .merged_linear import MergedLinear
+from .sharded import foreign
 from .state import adapter_parameters
 from .switch import adapter_names
 from .table import aligned
@@ -168,6 +169,8 @@ def _path(layer: LoRALayer) -> str:
         return f"torch: there are no fused kernels for {type(layer).__name__}"
     if hasattr(layer.weight, "device_mesh"):
         return "decided at the call: the weight is sharded, FSDP gathers it then"
+    if foreign(layer.weight):
+        return "decided at the call: DeepSpeed gathers the weight then"
     x = layer.weight.new_empty((0, layer.in_features))
     said: str = explain(x, layer._matrix(layer.weight), layer.bias, *layer.factors())
     return said

@@ -33,7 +33,10 @@ def home(tmp_path_factory):
     rows = []
     for number in range(34):
         user = {"role": "user", "content": f"What is {number} + 1?"}
-        assistant = {"role": "assistant", "content": f"It is {number + 1}." + " Yes." * (number % 4)}
+        assistant = {
+            "role": "assistant",
+            "content": f"It is {number + 1}." + " Yes." * (number % 4),
+        }
         rows.append(json.dumps({"messages": [user, assistant]}))
     (folder / "chats.jsonl").write_text("\n".join(rows))
     return folder

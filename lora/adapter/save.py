@@ -174,8 +174,9 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         raise AdapterError(
             f"{name} is a {type(layer).__name__}: expected one of lora's own classes"
         )
-    if foreign(layer.lora_A):
-        raise AdapterError(f"{name}: its factors cannot be read: {foreign(layer.lora_A)}")
+    for own, parameter in layer._parameters.items():
+        if foreign(parameter):
+            raise AdapterError(f"{name}.{own} cannot be read: {foreign(parameter)}")
     if isinstance(layer, (Conv1d, Conv2d, Conv3d)) and not is_pointwise(layer):
         raise AdapterError(
             f"{name} is a {kind} with kernel size {layer.kernel_size} and {layer.groups} groups: "
