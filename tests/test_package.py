@@ -106,6 +106,7 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "_version": 0,
     "table": 0,
     "variants": -1,
+    "sharded": -1,
     "_base": 0,
     "linear": 1,
     "embedding": 1,
@@ -139,6 +140,8 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "adapter.load": 12,
     "adapter": 13,
     "": 14,
+    "tensor_parallel": 6,
+    "distributed": 10,
     "hf": 15,
     "__main__": 15,
 }

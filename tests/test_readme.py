@@ -34,11 +34,22 @@ def small_phi3(make_phi3, tmp_path):
     return str(tmp_path / "phi3")
 
 
+@pytest.fixture
+def one_of_one(monkeypatch):
+    """What torchrun tells a process, of which there is one; the group that it makes ends."""
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:.*this adapter does nothing yet")  # the README does not train
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*:FutureWarning")  # the published name
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # as it imports its compiler
 @pytest.mark.parametrize("name", [*WITH_CODE, *GUIDES])
-def test_the_blocks_run_in_order(name, small_phi3, tmp_path, monkeypatch):
+def test_the_blocks_run_in_order(name, small_phi3, one_of_one, tmp_path, monkeypatch):
     """Of a section of the README, or of a whole guide."""
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(3, 13)[None]
