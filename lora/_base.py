@@ -19,6 +19,7 @@ from .kernels.ops import autocast_off
 from .sharded import (
     TENSOR_PARALLEL,
     is_sharded,
+    own_class,
     refuse_sharded,
     say_once,
     sharded_like,
@@ -335,7 +336,7 @@ class LoRALayer(_Module):
 
         weight=False leaves the plain layer's own Parameters as they are.
         """
-        one = type(self).__new__(type(self))
+        one: Self = object.__new__(own_class(self))
         one.__dict__.update(self.__dict__)
         one.__dict__["_parameters"] = {
             own: nn.Parameter(whole_of(self, own), p.requires_grad)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_OF_FSDP2 = "set_reshard_after_forward"  # a method of FSDPModule; to import it would take long
 TENSOR_PARALLEL = "_tensor_parallel"  # attribute of modules that `lora.tensor_parallel` has sharded
 
 
@@ -24,10 +25,16 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def own_class(module: nn.Module) -> Any:
+    """The class of a module without the one that `fully_shard` puts before it."""
+    kinds = type(module).__mro__
+    return next(c for c in kinds if issubclass(c, nn.Module) and not hasattr(c, _OF_FSDP2))
+
+
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 free what it gathered for the last forward, so that modules hold their shards."""
     for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):  # an FSDPModule
+        if hasattr(module, _OF_FSDP2):
             module.reshard()  # type: ignore[operator]
 
 

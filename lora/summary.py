@@ -13,7 +13,7 @@ from .full import full_modules
 from .kernels import explain
 from .linear import Linear, is_transformers_conv1d
 from .merged_linear import MergedLinear
-from .sharded import foreign
+from .sharded import foreign, own_class
 from .state import adapter_parameters
 from .switch import adapter_names
 from .table import aligned
@@ -159,7 +159,7 @@ def _kind(layer: LoRALayer) -> _Kind:
     if isinstance(layer, MergedLinear):
         sizes = zip(layer.out_splits, layer.enable_lora, strict=True)
         parts = " ".join(f"{size}" if enabled else f"({size})" for size, enabled in sizes)
-    name, shape = type(layer).__name__, tuple(layer.weight.shape)
+    name, shape = own_class(layer).__name__, tuple(layer.weight.shape)
     variant = " ".join(n if value is True else str(value) for n, value in layer.variant.items())
     return name, shape, parts, layer.r, layer.scaling, variant, _path(layer)
 

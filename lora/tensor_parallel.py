@@ -36,7 +36,7 @@ from ._base import LoRALayer
 from .linear import Linear
 from .merged_linear import MergedLinear
 from .phi3 import decoder_layers, qkv_splits
-from .sharded import TENSOR_PARALLEL, is_sharded, whole, whole_of
+from .sharded import TENSOR_PARALLEL, is_sharded, own_class, whole, whole_of
 
 __all__ = ["ColumnParallel", "LocalHeads", "RowParallel", "phi3_plan"]
 
@@ -170,7 +170,7 @@ class _Parallel:
 
     def part(self, module: nn.Module, x: Tensor, seed_step: int) -> nn.Module:
         """The smaller layer that is this process's part, on local tensors."""
-        part: Any = type(module).__new__(type(module))
+        part: Any = object.__new__(own_class(module))
         part.__dict__.update(module.__dict__)
         for name in ("forward", TENSOR_PARALLEL):
             del part.__dict__[name]
@@ -261,7 +261,7 @@ class _Columns(_Parallel):
         for own in _FACTORS_A:
             if own in part._parameters:
                 part._parameters[own] = self.summed_in_backward(part._parameters[own])
-        y: Tensor = type(module).forward(part, self.summed_in_backward(x))
+        y: Tensor = own_class(module).forward(part, self.summed_in_backward(x))
         return y
 
 
@@ -295,7 +295,7 @@ class _Rows(_Parallel):
         for own in _FACTORS_B:
             if own in part._parameters:
                 part._parameters[own] = self.summed_in_backward(part._parameters[own])
-        partial = type(module).forward(part, x)
+        partial = own_class(module).forward(part, x)
         spread = DTensor.from_local(partial, self.mesh, [Partial()], run_check=False)
         y: Tensor = spread.redistribute(placements=[Replicate()]).to_local()
         return y if bias is None else y + bias.to(y.dtype)

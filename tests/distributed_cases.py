@@ -8,6 +8,7 @@ case, and says where it is.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -24,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -36,6 +38,7 @@ import lora
 import lora.distributed
 import lora.tensor_parallel as tp
 from lora._base import lora_layers
+from lora.adapter.checkpoint import Checkpoint
 
 STUCK = timedelta(
     seconds=int(os.environ.get("STUCK_SECONDS", "90"))
@@ -388,6 +391,57 @@ def variants() -> Found:
                 for key, value in here.items():
                     torch.testing.assert_close(there[key], value, rtol=1e-6, atol=1e-6, msg=key)
     return worst
+
+
+@case
+def memory() -> Found:
+    """From a checkpoint into shards: a process grows by its shards, and every byte is read once."""
+    folder, side, count = FOLDER / "large", 2048, 12
+    weights = {f"{i}.weight": torch.randn(side, side) for i in range(count)}
+    size = sum(tensor.nbytes for tensor in weights.values())
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / "model.safetensors")
+    del weights
+    dist.barrier()
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(count)))
+    lora.patch(model, "all-linear", r=4, lora_alpha=8)
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    read, original = [0], Checkpoint.rows
+
+    def counted(self: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+        rows = original(self, name, start, stop)
+        read[0] += rows.nbytes
+        return rows
+
+    Checkpoint.rows = counted
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = resident("VmRSS")
+    lora.distributed.load_sharded(model, folder)
+    grown = resident("VmHWM") - before
+    Checkpoint.rows = original
+    total = torch.tensor(read)
+    dist.all_reduce(total)
+    assert total.item() == size
+    share = size / dist.get_world_size()
+    lora.save_adapter(model, FOLDER / "of-large")  # of layers that are sharded each by itself
+    if dist.get_rank() == 0:
+        found = lora.adapter.read_adapter(FOLDER / "of-large").checked().layers
+        assert [layer.kind for layer in found.values()] == ["Linear"] * count
+    lora.summary(model)
+    assert share * 0.9 < grown < share + 64e6, (grown, share)
+    return {"model_mb": size / 1e6, "grown_mb": grown / 1e6}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory, now or at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ CASES = {
     2: (
         *("ddp", "fsdp2", "fsdp2_offload", "fsdp2_bf16_base", "fsdp2_mixed_precision"),
         *("tensor_parallel", "variants", "files", "save_states", "load_states", "from_meta"),
-        *("refusals", "evaluates_alone"),
+        *("memory", "refusals", "evaluates_alone"),
         *("layers_ddp", "layers_fsdp2", "layers_dtensor", "layers_tensor_parallel"),
     ),
     4: (
         *("ddp", "fsdp2", "fsdp2_bf16_base", "tensor_parallel", "files", "load_states"),
-        *("save_states", "from_meta", "evaluates_alone"),
+        *("save_states", "from_meta", "memory", "evaluates_alone"),
     ),
     1: ("load_states",),
 }

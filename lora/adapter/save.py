@@ -22,6 +22,7 @@ from ..sharded import (
     foreign,
     gatherer,
     is_writer,
+    own_class,
     reshard,
     row_order,
     sharded_tensor,
@@ -167,7 +168,7 @@ def plain_name(path: str) -> str:
 
 
 def _described(name: str, layer: LoRALayer) -> Layer:
-    kind = _KIND_OF.get(type(layer))
+    kind = _KIND_OF.get(own_class(layer))
     if not name:
         raise AdapterError("the model is itself a LoRA layer, without a name: put it into a module")
     if kind is None:
