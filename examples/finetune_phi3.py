@@ -390,11 +390,11 @@ def main() -> int:
     except InputError as error:
         if processes.is_first():
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return processes.stop(2)
     except KeyboardInterrupt:
         if processes.is_first():
             print("interrupted", file=sys.stderr)
-        return 130
+        return processes.stop(130)
     report["seconds"] = round(time.perf_counter() - began, 1)
     if processes.is_first():
         print(json.dumps(report))

@@ -47,11 +47,12 @@ def start() -> None:
 
 
 def stop(status: int) -> int:
-    """Leave the others in good order, when all is done; the exit status."""
+    """Leave the others, in good order if all is done; the exit status."""
     if dist.is_initialized():
-        gc.collect()  # a DDP module that outlives its process group can hang while it is freed
-        dist.barrier()
-        dist.destroy_process_group()
+        if status == 0:
+            gc.collect()  # a DDP module that outlives its process group can hang while it is freed
+            dist.barrier()
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # threads that outlive the group can abort the interpreter's shutdown

@@ -10,6 +10,7 @@ loss scaling.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -162,21 +163,26 @@ class Trainer:
         self.model.train()
         _set_rng_state(self.rng)
         bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step")
-        try:
-            with bar:
+        # Of several processes each gets a signal at a moment of its own: it must not take one of them
+        # out of what all do together, so it is held until all agree after a step.
+        held = _HeldInterrupt() if processes.count() > 1 else contextlib.nullcontext()
+        with bar, held as always:
+            try:
                 while self.step < self.steps:
                     self._evaluate_if_due()
                     with _HeldInterrupt() as interrupt:
                         self._step(interrupt, bar)
-                    if processes.most(interrupt.noted):
+                    if processes.most(interrupt.noted or (always is not None and always.noted)):
                         raise KeyboardInterrupt
                     if self.step % self.config["save_steps"] == 0 or self.step == self.steps:
                         self.save()
-        except KeyboardInterrupt:
-            self.log.write("interrupt", step=self.step)
-            self.save()
-            log.warning("stopped after step %d: the same command with --resume goes on", self.step)
-            raise
+            except KeyboardInterrupt:
+                self.log.write("interrupt", step=self.step)
+                self.save()
+                log.warning(
+                    "stopped after step %d: the same command with --resume goes on", self.step
+                )
+                raise
 
     def _step(self, interrupt: _HeldInterrupt, bar: tqdm) -> None:
         """One step of the optimizer; if interrupted midway, everything stays as it was before.

@@ -142,6 +142,24 @@ def test_a_killed_process_ends_the_job_and_four_go_on_where_two_were(home, one):
     assert (report["processes"], report["parallel"]) == (4, "fsdp2")
 
 
+def test_ctrl_c_saves_the_step_that_all_have_done(home, one):
+    output = home / "interrupted"
+    process, logs = torchrun(home, output, 2)
+    try:
+        while not list((output / "checkpoints").glob("checkpoint-*.pt")):
+            assert process.poll() is None, printed(logs, 0, "stderr")
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # which torchrun passes on
+        process.communicate(timeout=DIES_WITHIN)
+    finally:
+        process.kill()
+        process.communicate()
+    stopped = re.search(r"stopped after step (\d+)", printed(logs, 0, "stderr"))
+    assert stopped, printed(logs, 0, "stderr")
+    assert (output / "checkpoints" / f"checkpoint-{stopped[1]}.pt").is_file()
+    assert printed(logs, 1, "stderr") == ""
+
+
 def pid_of(parent, rank):
     """The process that torchrun has started with this rank."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
