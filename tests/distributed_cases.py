@@ -238,6 +238,24 @@ def tensor_parallel() -> Found:
     return equal(by_tp)
 
 
+@case
+def checkpointed() -> Found:
+    """Activation checkpointing draws the masks again: the gradients are those without it."""
+    worst: Found = {"loss": 0.0, "gradient": 0.0}
+    for name, engine in ENGINES.items():
+        runs = []
+        for on in (False, True):
+            model = patched(p=0.2)
+            if on:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = engine(model)
+            torch.manual_seed(5 + dist.get_rank())
+            runs.append(train(model, rows_of(name)))
+        found = differences(runs[1], runs[0])
+        worst = {key: max(value, found[key]) for key, value in worst.items()}
+    return worst
+
+
 ENGINES = {"ddp": by_ddp, "fsdp2": by_fsdp2, "tensor_parallel": by_tp}
 
 

@@ -26,7 +26,15 @@ HALF = 3e-2  # in bf16, whose sums are rounded in another order
 CASES = {
     2: (
         *("ddp", "fsdp2", "fsdp2_offload", "fsdp2_bf16_base", "fsdp2_mixed_precision"),
-        *("tensor_parallel", "variants", "files", "save_states", "load_states", "from_meta"),
+        *(
+            "tensor_parallel",
+            "checkpointed",
+            "variants",
+            "files",
+            "save_states",
+            "load_states",
+            "from_meta",
+        ),
         *("memory", "refusals", "evaluates_alone"),
         *("layers_ddp", "layers_fsdp2", "layers_dtensor", "layers_tensor_parallel"),
     ),
