@@ -37,6 +37,7 @@ COLUMNS = (
     *("bench", "layer", "in", "out", "parts", "dtype", "p", "tokens", "rank", "pass", "provider"),
     *("ms_p20", "ms_p50", "ms_p80", "over_frozen", "kept_in_x"),
     *("gb_per_s", "tflop_per_s", "of_roofline", "peak_mb", "tokens_per_s"),
+    *("ranks", "held_mb", "trained_mb", "reduced_mb", "gathered_mb", "wire_mb"),
     *("command", "device", "versions", "source"),
 )
 

@@ -1,4 +1,4 @@
-"""The tables in README.md and docs/training.md, from results/*.csv; whether rows are of this source.
+"""The tables in README.md and the guides, from results/*.csv; whether rows are of this source.
 
 python benchmarks/readme_table.py           print them
 python benchmarks/readme_table.py --write   put them between the markers in these files
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+PLAN_BEGIN, PLAN_END = "<!-- plan: begin -->", "<!-- plan: end -->"
 LABELS = {
     "lora": "**lora**",
     "loralib": "loralib",
@@ -146,7 +147,50 @@ def _step(block: list[dict[str, str]], provider: str) -> str:
     return f"{_range(mine)} ({peak})"
 
 
-TABLES = {"README.md": table, "docs/training.md": training_table}
+def scaling_table() -> str:
+    """As `table`, of the steps on several ranks in results/scaling_*.csv."""
+    paths = [RESULTS / f"scaling_{device}.csv" for device in ("cuda", "cpu")]
+    tables = [_scaling_table(read(path)) for path in paths if path.exists()]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def _scaling_table(rows: list[dict[str, str]]) -> str:
+    """A line each, in MB; nothing where nothing was counted."""
+    engines = {"plain": "none", "ddp": "DDP", "fsdp2": "FSDP2"}
+    columns = ("held_mb", "peak_mb", "reduced_mb", "gathered_mb", "wire_mb")
+    lines = [
+        "| engine | ranks | tokens/s | ms | held | peak | reduced | gathered | on the wire |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = " | ".join(f"{float(row[name]):.2f}" if row[name] else "–" for name in columns)
+        speed = f"{float(row['tokens_per_s']):.0f} | {float(row['ms_p50']):.0f}"
+        lines.append(f"| {engines[row['provider']]} | {row['ranks']} | {speed} | {sizes} |")
+    origin = rows[0]
+    lines.append("")
+    lines.append(
+        f"{origin['layer']}, {origin['dtype']}, {origin['tokens']} tokens a step of all ranks "
+        f"together, r = {origin['rank']} on all four projections, dropout {origin['p']}; the factors "
+        f"are {float(origin['trained_mb']):.2f} MB. In MB a rank: held between steps, the peak of a "
+        "step over what is held before it, gradients reduced, weights gathered; on the wire is all "
+        f"ranks together. Measured on one {origin['device']}, {origin['versions']}, by "
+        f"`{origin['command']}`."
+    )
+    return "\n".join(lines)
+
+
+def plan() -> str:
+    """What scaling_plan.py computes; not measured."""
+    import scaling_plan
+
+    return scaling_plan.plan()
+
+
+TABLES = {
+    "README.md": table,
+    "docs/training.md": training_table,
+    "docs/scaling.md": scaling_table,
+}
 
 
 def stale(folder: Path = RESULTS) -> list[str]:
@@ -171,9 +215,16 @@ def main() -> None:
         return
     for name, of_file in TABLES.items():
         path = ROOT / name
-        before, _, rest = path.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        path.write_text(f"{before}{BEGIN}\n{of_file()}\n{END}{after}")
+        path.write_text(_between(path.read_text(), BEGIN, END, of_file()))
+    path = ROOT / "docs" / "scaling.md"
+    path.write_text(_between(path.read_text(), PLAN_BEGIN, PLAN_END, plan()))
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    """The text with this content between two markers."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 if __name__ == "__main__":
