@@ -105,10 +105,8 @@ def whole(tensor: Tensor, order: Tensor | None = None) -> Tensor:
     if not is_sharded(detached) or detached.is_meta:
         return detached  # type: ignore[no-any-return]
     mesh = detached.device_mesh
-    if (
-        detached.device.type != mesh.device_type
-    ):  # offloaded: its collectives run on the mesh's device
-        detached = detached.to(mesh.device_type)
+    if detached.device.type != mesh.device_type:  # offloaded
+        detached = detached.to(mesh.device_type)  # where its collectives run
     full: Tensor = detached.full_tensor()
     if order is None:
         return full
@@ -152,7 +150,6 @@ def sharded_like(value: Tensor, tensor: Any) -> Tensor:
 def values_at(tensor: Any, indices: tuple[Tensor, ...]) -> Tensor:
     """Elements of a sharded tensor, of which each process has some. Collective."""
     import torch.distributed as dist
-    from torch.distributed.tensor import Shard
 
     local, mesh = tensor.detach().to_local(), tensor.device_mesh
     here = torch.ones_like(indices[0], dtype=torch.bool)
@@ -166,14 +163,14 @@ def values_at(tensor: Any, indices: tuple[Tensor, ...]) -> Tensor:
         values[here] = mine.double().cpu()
     values = values.to(mesh.device_type)
     for dim, placement in enumerate(tensor.placements):  # of replicas one counts: they are equal
-        if isinstance(placement, Shard) or placement.is_shard():
+        if placement.is_shard():
             dist.all_reduce(values, group=mesh.get_group(dim))
     return values.to("cpu", tensor.dtype)
 
 
 def is_writer(tensor: Any) -> bool:
     """Whether this process is the first of the tensor's mesh: it writes, for all."""
-    return tensor is None or not any(tensor.device_mesh.get_coordinate() or ())
+    return not any(tensor.device_mesh.get_coordinate() or ())
 
 
 @contextmanager
