@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import reference
 from .dropout import draw_keep_bits, draw_seed, keep, keep_scale, seeded_keep_bits
 from .fused import fused_forward
+from .nf4_tensor import NF4Tensor
 from .ops import LoRALinear, autocast_dtype
 from .reference import part_rows
 
@@ -43,7 +44,8 @@ def lora_linear(
 
     Args:
         x: (..., K), one dimension or more, possibly empty.
-        weight: (N, K), frozen or not; any strides, so a (K, N) weight is passed as `weight.t()`.
+        weight: (N, K), frozen or not; any strides, so a (K, N) weight is passed as `weight.t()`. Or
+            an `NF4Tensor`, which is dequantised for each product and never kept dense.
         bias: (N,) or None.
         lora_A: (n·r, K), the factors of the n enabled parts, stacked.
         lora_B: (rows of the enabled parts, r), stacked likewise.
@@ -79,6 +81,8 @@ def lora_linear(
     if lora_A.shape[0] == 0:  # rank 0, or no enabled part
         return F.linear(x, weight, bias)
     x = x.to(_product_dtype(x, weight))
+    if isinstance(weight, NF4Tensor):
+        weight = weight.to(x.dtype)  # what its elements are rounded to
     path, reason = _choose(impl, x, x.dtype, weight, lora_A, lora_B)
     if impl == "triton" and path != "triton":
         raise RuntimeError(
@@ -142,7 +146,8 @@ def explain(
     if lora_A.shape[0] == 0:
         return "torch: of rank 0, or with no part enabled, this is the frozen layer alone"
     path, reason = _choose(impl, x, _product_dtype(x, weight), weight, lora_A, lora_B)
-    return f"{'triton' if path == 'triton' else 'torch'}: {reason}"
+    base = ", on an NF4 weight that is dequantised before" if isinstance(weight, NF4Tensor) else ""
+    return f"{'triton' if path == 'triton' else 'torch'}: {reason}{base}"
 
 
 def _requested(impl: str | None) -> str:
@@ -197,7 +202,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, NF4Tensor)
 
 
 def _obstacle(device: torch.device, explicit: bool) -> str:

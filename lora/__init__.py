@@ -17,11 +17,13 @@ from .linear import Linear
 from .merged_linear import MergedLinear
 from .modes import disabled, merged
 from .optim import parameter_groups
-from .patch import patch, unpatch
+from .patch import patch
 from .phi3 import patch_phi3
+from .quantized import LinearNF4
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
 from .summary import Summary, summary
 from .switch import adapter_names, delete_adapter, set_adapter
+from .unpatch import unpatch
 
 __all__ = [
     "AdapterError",
@@ -30,6 +32,7 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "LinearNF4",
     "LoRALayer",
     "MergedLinear",
     "Summary",

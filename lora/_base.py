@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kernels.nf4_tensor import NF4Tensor
 from .kernels.ops import autocast_off
 from .sharded import (
     TENSOR_PARALLEL,
@@ -134,6 +135,11 @@ class LoRALayer(_Module):
         """Whether the update's parameter of this name is never trained."""
         return False
 
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether the update begins as a function of the weight."""
+        return False
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole update: lora_A and lora_B, if there is nothing else to it."""
         return self.lora_A, self.lora_B
@@ -150,12 +156,17 @@ class LoRALayer(_Module):
             A, B = self.factors()
             return self._delta(A.to(dtype), B.to(dtype)) * self.scaling
 
-    def merged_weight(self) -> Tensor:
-        """weight + update in weight's shape and dtype, rounded once; a new tensor, detached."""
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """weight + update in weight's shape and in dtype (None: weight's), rounded once.
+
+        A new tensor, detached and dense: of a 4-bit weight, the sum with its dequantised elements.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            if self.r == 0:
-                return self.weight.detach().clone()
-            return torch.empty_like(self.weight).copy_(self.delta_weight().add_(self.weight))
+            frozen = self.weight.detach()
+            if isinstance(frozen, NF4Tensor):
+                frozen = frozen.dequantize()
+            merged = torch.empty_like(frozen, dtype=dtype or frozen.dtype)
+            return merged.copy_(frozen if self.r == 0 else self.delta_weight().add_(frozen))
 
     @property
     def _dropout_p(self) -> float:
@@ -216,7 +227,8 @@ class LoRALayer(_Module):
                 f"({engine}): expected a plain nn.Parameter; patch "
                 "the model, or load the adapter into it, before an engine shards it"
             )
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        plain = type(weight) is nn.Parameter or isinstance(weight, NF4Tensor)
+        if weight is None or not plain or not weight.is_floating_point():
             raise TypeError(
                 f"lora.{cls.__name__}.from_module: the weight is a {type(weight).__name__} of "
                 f"{getattr(weight, 'dtype', None)} (quantised, sharded or parametrised?), expected "
@@ -238,8 +250,14 @@ class LoRALayer(_Module):
         """The plain torch module on the same Parameters: the inverse of `from_module`.
 
         With merge=True its weight is a new Parameter, weight + update. A layer that was built by
-        its constructor gives the torch class that it extends.
+        its constructor gives the torch class that it extends. ValueError for merging into a 4-bit
+        weight (see `lora.unpatch`).
         """
+        if merge and isinstance(self.weight, NF4Tensor):
+            raise ValueError(
+                "the weight is of 4 bits, in which an update would be lost: "
+                "lora.unpatch(model, merge=True, dtype=...) merges into dense weights"
+            )
         refuse_sharded(
             self, "no plain module can take over from the engine", "save the adapter instead"
         )

@@ -258,8 +258,7 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 @torch.no_grad()
 def _begin(layer: LoRALayer) -> None:
     """Give the factors the values with which a fresh layer begins, drawn by the first process."""
-    from_weight = {"init_lora_weights", "use_dora"} & layer.variant.keys()
-    one = layer.in_one_process(weight=bool(from_weight))
+    one = layer.in_one_process(weight=layer.depends_on_weight)
     one._reset_factors()
     for own, parameter in one.update_parameters().items():
         like: Any = layer._parameters[own]

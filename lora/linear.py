@@ -12,9 +12,19 @@ from torch.nn import functional as F
 
 from ._base import LoRALayer
 from .kernels import lora_linear
+from .kernels.nf4_tensor import NF4Tensor
 from .kernels.ops import autocast_off
+from .quantized import LinearNF4, NF4State, adoptable
 from .sharded import assign_to
-from .variants import NAMES, checked, principal_factors, row_norms, taken_from
+from .variants import (
+    NAMES,
+    begins_as,
+    check_principal,
+    checked,
+    principal_factors,
+    row_norms,
+    taken_from,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +36,7 @@ def is_transformers_conv1d(layer: object) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-class Linear(LoRALayer, nn.Linear):
+class Linear(LoRALayer, NF4State, nn.Linear):
     """Linear layer with a low-rank update (LoRA, arXiv 2106.09685, section 4.1).
 
         y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ,     scaling = lora_alpha / r
@@ -44,6 +54,7 @@ class Linear(LoRALayer, nn.Linear):
             rows, which have no gradient. It reads W once more a forward, and keeps y for backward.
         init_lora_weights="pissa" or "pissa_niter_N": B A - lora_B0 lora_A0 in the place of B A; both
             pairs begin as W's principal part; lora_A0 and lora_B0 stay. Twice the rank's cost.
+            Or "loftq", "loftq_niter_N", for a weight that is to be quantised (`quantize_weight`).
         use_lorafa=True: lora_A is never trained; S alone is kept for backward, not x.
         lora_bias=True: bias + scaling · lora_bias in the place of bias; lora_bias (out,), zero.
 
@@ -103,13 +114,22 @@ class Linear(LoRALayer, nn.Linear):
     ) -> Self:
         """Wrap a pretrained `nn.Linear` (or transformers' `Conv1D`), keeping its very Parameters.
 
+        Or a linear layer on a 4-bit weight: a `LinearNF4`, or bitsandbytes' `Linear4bit` of NF4, whose
+        very codes are taken over. Such a weight is not merged in eval mode.
+
         Device, mode and hooks stay; the factors are on weight's device, in lora_dtype or else in
         weight's dtype; the output is unchanged to the bit until B is trained (on a GPU: see README,
         Limits; with PiSSA: up to rounding). `layer` itself is left alone, but its weight is frozen.
         options: the variants of the constructor. Raises TypeError for any other type of layer.
         """
-        plain_types = (type(layer),) if is_transformers_conv1d(layer) else (nn.Linear,)
+        layer = adoptable(layer)
+        plain_types = (type(layer),) if is_transformers_conv1d(layer) else (nn.Linear, LinearNF4)
         new = cls._adopt(layer, plain_types)
+        if merge_weights and isinstance(layer, LinearNF4):
+            raise ValueError(
+                "merge_weights=True on a 4-bit weight: eval would keep a dense one; expected False, and "
+                "lora.unpatch(model, merge=True, dtype=...) for a merged model"
+            )
         variant = taken_from(options)
         LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights, **variant)
         if is_transformers_conv1d(layer):
@@ -134,7 +154,7 @@ class Linear(LoRALayer, nn.Linear):
     def _update_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super()._update_shapes()
         shape_A, shape_B = shapes["lora_A"], shapes["lora_B"]
-        if "init_lora_weights" in self.variant:
+        if begins_as(self.variant, "pissa"):
             shapes |= {"lora_A0": shape_A, "lora_B0": shape_B}
         if "use_dora" in self.variant:
             shapes["lora_magnitude"] = shape_B[:1]
@@ -175,7 +195,9 @@ class Linear(LoRALayer, nn.Linear):
     @torch.no_grad()
     def _derive_from_weight(self) -> None:
         """Set what begins as a function of the frozen weight: PiSSA's factors, DoRA's magnitude."""
-        if not {"init_lora_weights", "use_dora"} & self.variant.keys():
+        if begins_as(self.variant, "loftq"):
+            self._check_loftq()
+        if not self.depends_on_weight:
             return
         if self.is_sharded:
             one = self.in_one_process()
@@ -183,15 +205,57 @@ class Linear(LoRALayer, nn.Linear):
             for own, parameter in one.update_parameters().items():
                 assign_to(self, own, parameter)
             return
-        if "init_lora_weights" in self.variant:
-            init, weight = str(self.variant["init_lora_weights"]), self._matrix(self.weight)
-            pairs = [
-                principal_factors(weight[start:stop], self.r, self.scaling, init)
-                for start, stop in self.rows
-            ]
-            A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+        if begins_as(self.variant, "pissa"):
+            A, B = self._principal_factors(self._matrix(self.weight))
             for own, value in {"lora_A": A, "lora_A0": A, "lora_B": B, "lora_B0": B}.items():
                 getattr(self, own).copy_(value)
+        self._derive_magnitude()
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether the update begins as a function of the weight."""
+        return begins_as(self.variant, "pissa") or "use_dora" in self.variant
+
+    def _principal_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of every part's rows of `weight` (out, in), stacked."""
+        init = str(self.variant["init_lora_weights"])
+        pairs = [
+            principal_factors(weight[start:stop], self.r, self.scaling, init)
+            for start, stop in self.rows
+        ]
+        A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+        return A, B
+
+    def _check_loftq(self) -> None:
+        init = str(self.variant["init_lora_weights"])
+        if isinstance(self.weight, NF4Tensor):
+            raise ValueError(
+                f"init_lora_weights={init!r}: what quantising lost is not known of a weight that is "
+                "quantised already; expected the original one, and quantize='nf4'"
+            )
+        for start, stop in self.rows:
+            check_principal(self._matrix(self.weight)[start:stop], self.r, self.scaling, init)
+
+    @torch.no_grad()
+    def quantize_weight(self) -> None:
+        """Put an NF4 weight in the place of the dense one, and let the update begin on it.
+
+        With init_lora_weights="loftq" the factors take up what is lost; with use_dora the magnitudes
+        are those of the new weight. ValueError for a weight that cannot be quantised, or is (in, out).
+        """
+        if self.fan_in_fan_out:
+            raise ValueError("a weight that is stored as (in, out) is not quantised")
+        if self.merge_weights:
+            raise ValueError("merge_weights=True on a 4-bit weight; see Linear.from_module")
+        weight = NF4Tensor.quantize(self.weight.detach())
+        if begins_as(self.variant, "loftq") and not weight.is_meta:
+            dense = self.weight.float()
+            A, B = self._principal_factors(dense.sub_(weight.dequantize()))
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.__dict__["_plain_type"] = LinearNF4
+        self._drop_merged()
         self._derive_magnitude()
 
     @torch.no_grad()
@@ -201,7 +265,7 @@ class Linear(LoRALayer, nn.Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole update: with PiSSA [A_j; A₀_j] and [B, -B₀], of rank 2 r."""
-        if "init_lora_weights" not in self.variant:
+        if not begins_as(self.variant, "pissa"):
             return self.lora_A, self.lora_B
         A, A0 = (torch.unflatten(factor, 0, (-1, self.r)) for factor in (self.lora_A, self.lora_A0))
         return torch.cat([A, A0], 1).flatten(0, 1), torch.cat([self.lora_B, -self.lora_B0], 1)
@@ -286,9 +350,9 @@ class Linear(LoRALayer, nn.Linear):
 
     def _is_underived(self) -> bool:
         """Whether the update depends on the weight that it began with, and is as it began."""
-        if not {"init_lora_weights", "use_dora"} & self.variant.keys() or self.lora_B.is_meta:
+        if not self.depends_on_weight or self.lora_B.is_meta:
             return False
-        if "init_lora_weights" in self.variant:
+        if begins_as(self.variant, "pissa"):
             pairs = (self.lora_A, self.lora_A0), (self.lora_B, self.lora_B0)
             return all(torch.equal(*pair) for pair in pairs)
         return not self.lora_B.any()

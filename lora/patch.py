@@ -1,4 +1,4 @@
-"""Replace named modules of any model by LoRA layers, and undo it.
+"""Replace named modules of any model by LoRA layers.
 
 `patch` finds the targets, checks every one, builds every layer, and only then touches the model.
 """
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from ._base import LoRALayer, lora_layers
+from ._base import LoRALayer
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
-from .full import full_modules, original, settle, trainable_copy
+from .full import trainable_copy
+from .kernels.nf4_tensor import NF4Tensor
 from .linear import Linear, is_transformers_conv1d
-from .sharded import refuse_sharded
-from .state import mark_only_lora_as_trainable, merged_bias, tied_updates
-from .switch import forget_adapters
+from .quantize import quantize_in_place, to_quantize
+from .quantized import LinearNF4, adoptable, is_linear4bit
+from .state import mark_only_lora_as_trainable
 from .targets import by_pattern, find_modules_to_save, find_targets
-from .variants import Variant, checked
+from .variants import Variant, begins_as, checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _Model = TypeVar("_Model", bound=nn.Module)
 _LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: Linear,
+    LinearNF4: Linear,
     nn.Embedding: Embedding,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
@@ -50,6 +52,7 @@ def patch(
     alpha_pattern: Mapping[str, float] | None = None,
     merge_weights: bool = False,
     lora_dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     **variant: Unpack[Variant],
 ) -> _Model:
     """Replace the target modules by LoRA layers on the same Parameters and freeze everything else.
@@ -72,13 +75,18 @@ def patch(
         merge_weights: whether eval merges, at the cost of a second copy of the adapted weights.
         lora_dtype: of the factors; None is weight's dtype, but fp32 on a bf16 or fp16 base. DoRA's
             magnitudes are at least fp32.
+        quantize: "nf4" puts 4-bit weights (QLoRA, arXiv 2305.14314; `lora.LinearNF4`) in the place of
+            those of every `nn.Linear`, adapted or not, but for the output head and modules_to_save;
+            one layer at a time, so memory never exceeds the model and one layer. Layers that have such
+            weights already, bitsandbytes' among them, are taken over as they are.
         variant: use_rslora, use_dora, lora_bias, use_lorafa (False), init_lora_weights (True, or
-            "pissa", "pissa_niter_N"), see `lora.variants`; all but use_rslora for linear layers alone.
+            "pissa", "loftq", or either with "_niter_N"), see `lora.variants`; all but use_rslora for linear layers alone.
 
     Raises:
         ValueError, TypeError: an option out of range, a target or pattern that matches nothing, a
             module that cannot be adapted (quantised, offloaded, compiled, read without being
-            called, PEFT's, adapted already). The model is then as it was.
+            called, PEFT's, adapted already), a weight to be quantised that is not finite. The model
+            is then as it was.
     """
     check_patchable(model)
     checked("patch", variant)
@@ -103,6 +111,7 @@ def patch(
         alpha_pattern=alpha_pattern,
         merge_weights=merge_weights,
         lora_dtype=lora_dtype,
+        quantize=quantize,
         variant=variant,
     )
     return model
@@ -110,76 +119,15 @@ def patch(
 
 def layer_type(module: nn.Module) -> type[LoRALayer]:
     """The class that adapts `module`; TypeError if there is none."""
-    kind = Linear if is_transformers_conv1d(module) else _LAYERS.get(type(module))
+    as_linear = is_transformers_conv1d(module) or is_linear4bit(module)
+    kind = Linear if as_linear else _LAYERS.get(type(module))
     if kind is None:
-        expected = ", ".join(t.__name__ for t in _LAYERS)
+        expected = ", ".join(t.__name__ for t in _LAYERS if t is not LinearNF4)
         raise TypeError(
             f"{type(module).__module__}.{type(module).__name__} cannot be adapted; expected "
-            f"exactly one of torch.nn's {expected}, or transformers' Conv1D"
+            f"exactly one of torch.nn's {expected}, transformers' Conv1D, or bitsandbytes' Linear4bit"
         )
     return kind
-
-
-def unpatch(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Put plain torch modules in the place of all LoRA layers, in place; returns the model.
-
-    merge=False gives the base back, on its own Parameters. merge=True folds every update into a new
-    weight, rounded once; layer by layer, so that one extra layer is held at a time. Modules that
-    trained in full become their originals again, or with merge=True stay as they were trained.
-    `requires_grad` stays as it is. Of several adapters (`lora.set_adapter`) all are removed, and the
-    active one is what is merged. If `model` is itself a LoRA layer, the plain layer is returned.
-    Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
-    meta device, if a weight to be changed is tied to another module, if an update has a bias
-    (`lora_bias`) and its layer none, or if the model is sharded over processes.
-    """
-    refuse_sharded(
-        model,
-        "its engine knows the modules that it has",
-        "lora.save_adapter, and `lora merge` on the checkpoint or unpatch in one process",
-    )
-    if merge:
-        _check_mergeable(model)
-    if isinstance(model, LoRALayer):
-        return model.to_module(merge)
-    for name, module in list(full_modules(model, remove_duplicate=False)):
-        if merge:
-            settle(module)
-        else:
-            set_module(model, name, original(module))
-    plain: dict[LoRALayer, nn.Module] = {}
-    for name, layer in list(lora_layers(model, remove_duplicate=False)):
-        if layer not in plain:
-            plain[layer] = layer.to_module(merge)
-        set_module(model, name, plain[layer])
-    forget_adapters(model)
-    return model
-
-
-def _check_mergeable(model: nn.Module) -> None:
-    for path, layer in lora_layers(model):
-        name = path or type(layer).__name__
-        for factor in layer.update_parameters().values():
-            if factor.is_meta:
-                raise ValueError(f"{name} is on the meta device: there is nothing to merge yet")
-            if not torch.isfinite(factor).all():
-                raise ValueError(f"{name}: a LoRA factor has a NaN or infinite value; not merged")
-        if "lora_bias" in layer.variant and path:
-            merged_bias(name, layer)
-    for name, other in tied_updates(model):
-        raise ValueError(
-            f"{name}.weight is tied to {other}: merging would change or untie that one; untie it "
-            "first, by giving one of them a Parameter of its own (and, for a transformers model, "
-            "config.tie_word_embeddings = False)"
-        )
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        owners = {id(p): name for name, p in model.named_parameters()}
-        for name, module in full_modules(model):
-            tied = [owners[id(p)] for p in original(module).parameters() if id(p) in owners]
-            if tied:
-                raise ValueError(
-                    f"{name} was trained apart from {tied[0]}, to which it was tied: set "
-                    "config.tie_word_embeddings = False first, or saving would tie them again"
-                )
 
 
 def check_patchable(model: nn.Module) -> None:
@@ -214,9 +162,21 @@ def replace(
     alpha_pattern: Mapping[str, float] | None,
     merge_weights: bool,
     lora_dtype: torch.dtype | None,
+    quantize: str | None,
     variant: Variant,
 ) -> None:
     """Adapt `targets`, each with its options, let `full` train in full; or leave all as it was."""
+    if begins_as(variant, "loftq") and quantize is None:
+        raise ValueError(
+            f"init_lora_weights={variant['init_lora_weights']!r} begins as what quantising loses: "
+            "expected quantize='nf4' with it"
+        )
+    if merge_weights and quantize is not None:
+        raise ValueError(
+            f"merge_weights=True with quantize={quantize!r}: eval would keep dense weights; expected "
+            "False, and lora.unpatch(model, merge=True, dtype=...) for a merged model"
+        )
+    quantized = to_quantize(model, quantize, full.values())
     targets = {
         name: module
         for name, module in targets.items()
@@ -230,6 +190,7 @@ def replace(
     alphas = by_pattern("alpha_pattern", alpha_pattern or {}, targets, lora_alpha)
 
     def build_with_options(name: str, module: nn.Module) -> LoRALayer:
+        module = adoptable(module)
         if isinstance(ranks[name], int) and ranks[name] == 0:
             raise ValueError("r=0 adapts nothing: expected r of 1 or more")
         options = {
@@ -244,6 +205,12 @@ def replace(
 
     with unchanged_on_error(model, [*targets, *full]):
         install(model, build_all(model, targets, full, build_with_options), bias)
+    quantize_in_place(model, [name for name in quantized if _is_dense(model, name)])
+
+
+def _is_dense(model: nn.Module, name: str) -> bool:
+    """Whether the weight is not yet one of ours of 4 bits: those of adapted Linear4bit are."""
+    return not isinstance(model.get_submodule(name).weight, NF4Tensor)
 
 
 def build_all(

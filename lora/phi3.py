@@ -48,6 +48,7 @@ def patch_phi3(
     alpha_pattern: Mapping[str, float] | None = None,
     merge_weights: bool = False,
     lora_dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     **variant: Unpack[Variant],
 ) -> _Model:
     """Adapt the projections of a Phi-3 model in place, freeze the rest, and return the model.
@@ -64,6 +65,8 @@ def patch_phi3(
         task_type: of a published `peft_config`, so that it can be passed whole; "CAUSAL_LM" or None.
         modules_to_save: modules that train in full, such as ["lm_head", "embed_tokens"] after new
             chat tokens were added.
+        quantize: "nf4" is the QLoRA recipe: all four projections of every layer get 4-bit weights,
+            adapted or not; lm_head, embeddings and norms stay.
         The rest, and the variants (use_dora, init_lora_weights="pissa", ...), as in `lora.patch`.
 
     Raises:
@@ -125,6 +128,7 @@ def patch_phi3(
         alpha_pattern=alpha_pattern,
         merge_weights=merge_weights,
         lora_dtype=lora_dtype,
+        quantize=quantize,
         variant=variant,
     )
     return model

@@ -185,4 +185,4 @@ def _flops_per_token(module: nn.Module) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes

@@ -7,7 +7,10 @@
     init_lora_weights   "pissa": A and B begin as the r greatest singular triples of W, divided by the
                         scale: B₀ A₀ = U_r S_r V_rᵀ / scaling. PiSSA (arXiv 2404.02948, equations 2
                         to 4) trains B A on the residual W - scaling · B₀ A₀; here W stays, and the
-                        update is scaling · (B A - B₀ A₀), of rank 2 r, with A₀ and B₀ frozen
+                        update is scaling · (B A - B₀ A₀), of rank 2 r, with A₀ and B₀ frozen.
+                        "loftq": A and B begin as what quantising W lost, at its best with rank r:
+                        scaling · B A ≈ W - Q, the first step of LoftQ (arXiv 2310.08659, algorithm 1,
+                        T = 1; a second would change Q, and the adapter would fit no other copy of it)
     use_lorafa          A is frozen as drawn, so x is not kept for backward (LoRA-FA, arXiv 2308.03303,
                         section 3)
     lora_bias           the update has a bias b, zero at first: scaling · (B A x + b) (PEFT's option)
@@ -41,9 +44,10 @@ class Variant(TypedDict, total=False):
 _BESIDE = (
     *("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "merge_weights", "lora_dtype"),
+    "quantize",
 )
 NAMES = tuple(Variant.__annotations__)
-_PISSA = re.compile(r"pissa(?:_niter_([1-9]\d*))?")
+_INITS = re.compile(r"(?:pissa|loftq)(?:_niter_([1-9]\d*))?")
 
 
 def taken_from(options: dict[str, Any]) -> Variant:
@@ -66,9 +70,9 @@ def checked(kind: str, variant: Variant, supported: Sequence[str] = NAMES) -> Va
         if name != "init_lora_weights" and not isinstance(value, bool):
             raise ValueError(f"{kind}: {name}={value!r}: expected a bool")
     init = variant.get("init_lora_weights", True)
-    if init is not True and not (isinstance(init, str) and _PISSA.fullmatch(init)):
+    if init is not True and not (isinstance(init, str) and _INITS.fullmatch(init)):
         raise ValueError(
-            f"{kind}: init_lora_weights={init!r}: expected True, 'pissa' or 'pissa_niter_N' with a "
+            f"{kind}: init_lora_weights={init!r}: expected True, 'pissa', 'loftq', or either with a "
             "number of iterations, such as 'pissa_niter_16'"
         )
     if variant.get("lora_bias") and variant.get("use_dora"):
@@ -116,14 +120,13 @@ def row_norms(
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
-    """(A₀ (r, in), B₀ (out, r)): scaling · B₀ A₀ is weight (out, in) at its best with rank r.
+def begins_as(variant: Variant, init: str) -> bool:
+    """Whether the factors begin as "pissa" or "loftq" says."""
+    return str(variant.get("init_lora_weights")).startswith(init)
 
-    init: "pissa", by the whole singular value decomposition; "pissa_niter_N", by the randomised one
-    with N iterations (Halko et al., arXiv 0909.4061), much faster. In at least fp32.
-    """
-    found = _PISSA.fullmatch(init)
-    assert found is not None
+
+def check_principal(weight: Tensor, r: int, scaling: float, init: str) -> None:
+    """ValueError if `principal_factors` of this weight would not do."""
     if r > min(weight.shape):
         raise ValueError(
             f"init_lora_weights={init!r}: a weight of {tuple(weight.shape)} has no {r} singular "
@@ -133,6 +136,17 @@ def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tupl
         raise ValueError(
             f"init_lora_weights={init!r}: scaling is {scaling}: expected lora_alpha > 0"
         )
+
+
+def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    """(A₀ (r, in), B₀ (out, r)): scaling · B₀ A₀ is weight (out, in) at its best with rank r.
+
+    init: "pissa" or "loftq", by the whole singular value decomposition; with "_niter_N", by the
+    randomised one with N iterations (Halko et al., arXiv 0909.4061), much faster. In at least fp32.
+    """
+    found = _INITS.fullmatch(init)
+    assert found is not None
+    check_principal(weight, r, scaling, init)
     dense = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if not dense.is_meta and not torch.isfinite(dense).all():
         raise ValueError(f"init_lora_weights={init!r}: the weight has a NaN or infinite value")

@@ -1,0 +1,80 @@
+"""Which layers of a model are quantised, and doing it in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.nf4_tensor import DTYPES
+from .quantized import LinearNF4, is_linear4bit
+from .targets import linear_names
+
+SCHEMES = ("nf4",)
+
+
+def to_quantize(
+    model: nn.Module, scheme: str | None, kept: Collection[nn.Module] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers of a plain `model` that `scheme` quantises, by all their names.
+
+    All but the output head, as "all-linear" means it, and those in `kept` modules; bitsandbytes' among
+    them. Raises ValueError, by name, for a weight that cannot be quantised, or if there is none.
+    """
+    if scheme is None:
+        return {}
+    if scheme not in SCHEMES:
+        raise ValueError(f"quantize={scheme!r}: expected one of {SCHEMES}, or None")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = {id(inner) for module in kept for inner in module.modules()}
+    found = {
+        name: modules[name]
+        for name in linear_names(model, modules)
+        if id(modules[name]) not in inside
+        and (type(modules[name]) is nn.Linear or is_linear4bit(modules[name]))
+    }
+    ours = any(isinstance(module, LinearNF4) for module in modules.values())
+    if not found and not ours:
+        raise ValueError(
+            f"quantize={scheme!r}: {type(model).__name__} has no torch.nn.Linear beside its output "
+            "head: other layers are not quantised"
+        )
+    owners = Counter(
+        id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+    )
+    for name, module in found.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if owners[id(weight)] > 1:
+            raise ValueError(f"{name}.weight is shared with another module: it cannot be quantised")
+        if is_linear4bit(module):
+            continue
+        if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}.weight is a {type(weight).__name__} of {weight.dtype}: expected a plain "
+                f"nn.Parameter of one of {', '.join(map(str, DTYPES))}"
+            )
+        if not weight.is_meta and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+            raise ValueError(f"{name}.weight has a NaN or infinite value: it cannot be quantised")
+    return found
+
+
+def quantize_in_place(model: nn.Module, names: Collection[str]) -> None:
+    """Give the linear layers with these names, plain ones or LoRA layers on such, their 4-bit weights.
+
+    Layer by layer: beside the model there is one layer's new weight and a few blocks.
+    """
+    done: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if layer not in done:
+            in_place = getattr(layer, "quantize_weight", None)
+            done[layer] = layer
+            if in_place is None:
+                done[layer] = LinearNF4.from_module(layer)
+            else:
+                in_place()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, done[layer])

@@ -1,0 +1,185 @@
+"""Put plain modules in the place of LoRA layers, with or without their updates: the inverse of `patch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ._base import LoRALayer, lora_layers
+from .full import full_modules, original, settle
+from .patch import set_module
+from .quantized import LinearNF4, is_quantized
+from .sharded import refuse_sharded
+from .state import merged_bias, tied_updates
+from .switch import forget_adapters
+from .variants import begins_as
+
+
+def unpatch(
+    model: nn.Module,
+    merge: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    base: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put plain torch modules in the place of all LoRA layers, in place; returns the model.
+
+    merge=False gives the base back, on its own Parameters. merge=True folds every update into a new
+    weight, rounded once; layer by layer, so that one extra layer is held at a time. Modules that
+    trained in full become their originals again, or with merge=True stay as they were trained.
+    `requires_grad` stays as it is. Of several adapters (`lora.set_adapter`) all are removed, and the
+    active one is what is merged. If `model` is itself a LoRA layer, the plain layer is returned.
+
+    A model with 4-bit weights is merged only with a dtype, into dense weights of it: all its linear
+    layers become plain ones. The updates are added to the dequantised weights, on which they were
+    trained; or to those of `base`, the original weights by the names of the model's state dict
+    (`original.state_dict()`), as the QLoRA recipe does. What that changed is printed: the error of
+    rounding, and with `base` the distance between both bases, relative to the updates.
+
+    Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
+    meta device, if a weight to be changed is tied to another module, if an update has a bias
+    (`lora_bias`) and its layer none, if the model is sharded over processes, if it has 4-bit weights
+    and no dtype, and if `base` lacks a weight, or has a LoftQ update's (which holds what quantising
+    lost, and would be added twice).
+    """
+    refuse_sharded(
+        model,
+        "its engine knows the modules that it has",
+        "lora.save_adapter, and `lora merge` on the checkpoint or unpatch in one process",
+    )
+    quantized = [name for name, module in model.named_modules() if _is_quantized(module)]
+    _check_dense(model, quantized, merge, dtype, base)
+    if merge:
+        _check_mergeable(model)
+    report = _Report(dtype, base)
+    if isinstance(model, LoRALayer):
+        return report.dense("", model) if merge and quantized else model.to_module(merge)
+    for name, module in list(full_modules(model, remove_duplicate=False)):
+        if merge:
+            settle(module)
+        else:
+            set_module(model, name, original(module))
+    plain: dict[nn.Module, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        dense = merge and _is_quantized(layer)
+        if not isinstance(layer, LoRALayer) and not dense:
+            continue
+        if layer not in plain:
+            if dense:
+                plain[layer] = report.dense(name, layer)
+            elif isinstance(layer, LoRALayer):
+                plain[layer] = layer.to_module(merge)
+        set_module(model, name, plain[layer])
+    forget_adapters(model)
+    if merge and quantized:
+        print(report)
+    return model
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return is_quantized(module._parameters.get("weight"))
+
+
+def _check_dense(
+    model: nn.Module,
+    quantized: list[str],
+    merge: bool,
+    dtype: torch.dtype | None,
+    base: Mapping[str, Tensor] | None,
+) -> None:
+    """ValueError for arguments that do not fit a model with these 4-bit layers."""
+    if not merge or not quantized:
+        for name, value in (("dtype", dtype), ("base", base)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} was given, but {'merge is False' if not merge else 'no weight is of 4 bits'}: "
+                    "it is for merging into 4-bit weights"
+                )
+        return
+    if dtype is None or not dtype.is_floating_point:
+        raise ValueError(
+            f"{quantized[0] or type(model).__name__} has a 4-bit weight, and dtype={dtype}: an update "
+            "would be lost in one; pass dtype=torch.bfloat16, say, for dense merged weights"
+        )
+    for name in quantized if base is not None else ():
+        module, key = model.get_submodule(name), f"{name}.weight" if name else "weight"
+        if base is not None and (key not in base or base[key].shape != module.weight.shape):
+            there = tuple(base[key].shape) if key in base else None
+            raise ValueError(f"base[{key!r}]: expected {tuple(module.weight.shape)}, got {there}")
+        if isinstance(module, LoRALayer) and begins_as(module.variant, "loftq"):
+            raise ValueError(
+                f"{name}: a LoftQ update holds what quantising lost, so it belongs to the 4-bit "
+                "weights alone; merge without base"
+            )
+
+
+class _Report:
+    """Makes the dense layers of a 4-bit model, and says what that changed."""
+
+    def __init__(self, dtype: torch.dtype | None, base: Mapping[str, Tensor] | None) -> None:
+        self.dtype, self.base = dtype, base
+        self.rounding: dict[str, float] = {}
+        self.distance: dict[str, float] = {}
+
+    @torch.no_grad()
+    def dense(self, name: str, layer: nn.Module) -> nn.Module:
+        """The plain layer on a dense weight, with the update if there is one."""
+        plain = layer.to_module() if isinstance(layer, LoRALayer) else layer
+        assert isinstance(plain, LinearNF4) and self.dtype is not None
+        trained = frozen = plain.weight.dequantize()
+        if self.base is not None:
+            original = self.base[f"{name}.weight" if name else "weight"].detach()
+            frozen = original.to(trained.device, torch.promote_types(trained.dtype, original.dtype))
+        weight = frozen.to(self.dtype)
+        if isinstance(layer, LoRALayer) and layer.r > 0:
+            layer.weight = nn.Parameter(frozen, requires_grad=False)  # the norms are of this one
+            update = layer.delta_weight()
+            exact = update + frozen
+            weight = exact.to(self.dtype)
+            if "lora_bias" in layer.variant:
+                plain.bias = nn.Parameter(merged_bias(name, layer), requires_grad=False)
+            size = float(torch.linalg.vector_norm(update)) or 1.0
+            self.rounding[name] = float(torch.linalg.vector_norm(exact - weight)) / size
+            self.distance[name] = float(torch.linalg.vector_norm(frozen - trained)) / size
+        return plain.to_dense(weight)
+
+    def __str__(self) -> str:
+        said = f"merged {len(self.rounding)} updates into dense weights of {self.dtype}"
+        said += "" if self.base is None else ", on the base that was given"
+        for what, found in (("rounding", self.rounding), ("the change of base", self.distance)):
+            if any(found.values()):
+                worst = max(found, key=found.__getitem__)
+                mean = sum(found.values()) / len(found)
+                said += (
+                    f"; {what} is {mean:.2e} of an update, {found[worst]:.2e} in {worst or 'it'}"
+                )
+        return said
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    for path, layer in lora_layers(model):
+        name = path or type(layer).__name__
+        for factor in layer.update_parameters().values():
+            if factor.is_meta:
+                raise ValueError(f"{name} is on the meta device: there is nothing to merge yet")
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name}: a LoRA factor has a NaN or infinite value; not merged")
+        if "lora_bias" in layer.variant and path:
+            merged_bias(name, layer)
+    for name, other in tied_updates(model):
+        raise ValueError(
+            f"{name}.weight is tied to {other}: merging would change or untie that one; untie it "
+            "first, by giving one of them a Parameter of its own (and, for a transformers model, "
+            "config.tie_word_embeddings = False)"
+        )
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        owners = {id(p): name for name, p in model.named_parameters()}
+        for name, module in full_modules(model):
+            tied = [owners[id(p)] for p in original(module).parameters() if id(p) in owners]
+            if tied:
+                raise ValueError(
+                    f"{name} was trained apart from {tied[0]}, to which it was tied: set "
+                    "config.tie_word_embeddings = False first, or saving would tie them again"
+                )
