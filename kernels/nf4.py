@@ -7,9 +7,9 @@ distribution:
     scale_b = dynamic[nested code_b] · nested absmax_g + offset  ≈  absmax_b
     dequantised w = levels[code] · scale_b, rounded to the weight's dtype
 
-offset is the mean of all absmax, g a group of 256 blocks. Two codes share a byte, the first in its high
-half. All is fp32, each product and sum rounded by itself. 4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight.
-The last block and the last group may be shorter. A block of zeros gives zeros.
+offset is the mean of all absmax, g a group of 256 blocks. Two codes share a byte, the first in its
+high half. All is fp32, each product and sum rounded by itself. That is 4 + 8/64 + 32/(64 · 256) = 4.127
+bits a weight. The last block and the last group may be shorter. A block of zeros gives zeros.
 
 dynamic is an 8-bit float with a decade of its own for every count of leading zeros (arXiv 1511.04561).
 The value that is nearest in it is looked up on a grid of 65,536 points, as bitsandbytes (0.50) does on

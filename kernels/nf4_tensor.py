@@ -33,6 +33,8 @@ _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 class NF4Tensor(Tensor):
     """A tensor of 4-bit elements, most often a matrix (see the module).
 
+    `dequantize()` gives them, rounded to this dtype, in a new dense tensor.
+
     packed, absmax, nested_absmax, offset, first: its parts, as in `lora.kernels.nf4.NF4`.
     transposed: whether the elements of the matrix lie column by column.
     """
@@ -44,14 +46,14 @@ class NF4Tensor(Tensor):
     first: Tensor | None
     transposed: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, parts: NF4, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
     ) -> "NF4Tensor":
         stride = _contiguous(shape[::-1])[::-1] if transposed else _contiguous(shape)
-        made: NF4Tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: NF4Tensor = Tensor._make_wrapper_subclass(
             cls, tuple(shape), strides=stride, dtype=dtype, device=parts.packed.device
         )
         made._hold(parts)
@@ -96,20 +98,16 @@ class NF4Tensor(Tensor):
         return NF4Tensor(parts, self.shape, self.dtype, self.transposed)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Of what it holds."""
         return sum(part.nbytes for part in self.parts if part is not None)
 
-    def dequantize(self) -> Tensor:
-        """The elements, rounded to this dtype, in a new dense tensor."""
-        dense: Tensor = _Dequantize.apply(self)  # type: ignore[no-untyped-call]
-        return dense
-
     def elements_at(self, indices: tuple[Tensor, ...]) -> Tensor:
-        """The elements at these indices of every dimension, rounded to this dtype; others are not read."""
+        """Those at these indices of every dimension, rounded to this dtype; no others are read."""
         strides = self.stride()
         flat = sum(index * stride for index, stride in zip(indices, strides, strict=True))
-        return nf4.at(self.parts, torch.as_tensor(flat)).to(self.dtype)
+        found: Tensor = nf4.at(self.parts, torch.as_tensor(flat)).to(self.dtype)
+        return found
 
     def _dense(self, into: Tensor | None = None) -> Tensor:
         """The elements, in the flat memory of `into` if it is given."""
@@ -117,13 +115,12 @@ class NF4Tensor(Tensor):
             call = torch.empty(0, device=self.device)
             flat = dequantize_op(*self.parts, self.numel(), self.dtype, call)
         else:
-            flat = (
-                torch.empty(self.numel(), dtype=self.dtype, device=self.device)
-                if into is None
-                else into
-            )
+            flat = self.packed.new_empty(self.numel(), dtype=self.dtype) if into is None else into
             nf4.dequantize(self.parts, flat)
-        return flat.view(self.shape[::-1]).t() if self.transposed else flat.view(self.shape)
+        dense: Tensor = (
+            flat.view(self.shape[::-1]).t() if self.transposed else flat.view(self.shape)
+        )
+        return dense
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"NF4Tensor({tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
@@ -177,8 +174,8 @@ class NF4Tensor(Tensor):
         """The whole weight, on the gathered tensors; `out`, once made, is on the same ones."""
         if out is not None:
             return None
-        nested_absmax, offset, shape, dtype = metadata
-        return NF4Tensor(NF4(*gathered, nested_absmax, offset), shape, dtype), gathered
+        (packed, absmax), (nested_absmax, offset, shape, dtype) = gathered, metadata
+        return NF4Tensor(NF4(packed, absmax, nested_absmax, offset), shape, dtype), gathered
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -216,16 +213,6 @@ def _rebuild(
     if is_parameter:
         return torch.nn.Parameter(made, requires_grad)  # type: ignore[return-value]
     return made.requires_grad_(requires_grad)  # type: ignore[return-value]
-
-
-class _Dequantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: NF4Tensor) -> Tensor:
-        return weight._dense()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
 
 
 @torch.library.custom_op("lora::nf4_dequantize", mutates_args=())
@@ -295,12 +282,14 @@ def _on_elements(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     given = [*zip(func._schema.arguments, args, strict=False)]
     given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
     for argument, value in given:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            if any(isinstance(t, NF4Tensor) for t in torch.utils._pytree.tree_leaves(value)):
-                raise TypeError(
-                    f"{name} would write to an NF4 weight, which is frozen: dequantise() it, or "
-                    "train an adapter"
-                )
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and any(
+            isinstance(t, NF4Tensor) for t in torch.utils._pytree.tree_leaves(value)
+        ):
+            raise TypeError(
+                f"{name} would write to an NF4 weight, which is frozen: dequantize() it, or train an "
+                "adapter"
+            )
     reuse = name in _PRODUCTS
 
     def dense(value: Any) -> Any:
@@ -333,6 +322,11 @@ def _alias(func: Any, weight: NF4Tensor) -> NF4Tensor:
 @_own(_aten.clone.default)
 def _clone(func: Any, weight: NF4Tensor, *, memory_format: Any = None) -> NF4Tensor:
     return weight._each(torch.clone)
+
+
+@_own(_aten.dequantize.self)
+def _dequantize(func: Any, weight: NF4Tensor) -> Tensor:
+    return weight._dense()
 
 
 @_own(_aten._pin_memory.default)
@@ -442,8 +436,9 @@ def _empty_like(
 
 @_own(_aten.new_zeros.default)
 def _new_zeros(func: Any, weight: NF4Tensor, size: Sequence[int], **options: Any) -> Any:
-    """Of rows of this weight, without further options, as FSDP2 asks for them: a part; else dense."""
-    if any(value is not None for value in options.values()) or tuple(size[1:]) != weight.shape[1:]:
+    """Of rows of this weight, with no other dtype or device, as FSDP2 asks: a part; else dense."""
+    asked = options.get("dtype") or options.get("device")
+    if asked is not None or tuple(size[1:]) != weight.shape[1:]:
         return _new(func, weight, size, **options)
     elements = math.prod(size)
     if elements % BLOCK:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
-"""NF4 on a GPU: codes and absmax of blocks in one kernel, and back in one kernel, nested scales included.
+"""NF4 on a GPU: codes and absmax in one kernel, and back in one kernel, nested scales included.
 
 The formulas are those of nf4.py, and so are the bits: divisions are rounded correctly, products and
 sums are not fused (`enable_fp_fusion=False`).

@@ -35,10 +35,10 @@ from .adapter.contents import Layer, listed
 from .adapter.files import write_file
 from .adapter.save import active_modules, described
 from .full import full_modules, original
-from .unpatch import unpatch
 from .sharded import sharded_tensor
 from .state import adapter_parameters, bias_mode
 from .switch import inner_model
+from .unpatch import unpatch
 
 try:
     from transformers import PreTrainedModel, TrainerCallback

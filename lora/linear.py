@@ -36,7 +36,7 @@ def is_transformers_conv1d(layer: object) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-class Linear(LoRALayer, NF4State, nn.Linear):
+class Linear(NF4State, LoRALayer, nn.Linear):
     """Linear layer with a low-rank update (LoRA, arXiv 2106.09685, section 4.1).
 
         y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ,     scaling = lora_alpha / r
@@ -127,8 +127,8 @@ class Linear(LoRALayer, NF4State, nn.Linear):
         new = cls._adopt(layer, plain_types)
         if merge_weights and isinstance(layer, LinearNF4):
             raise ValueError(
-                "merge_weights=True on a 4-bit weight: eval would keep a dense one; expected False, and "
-                "lora.unpatch(model, merge=True, dtype=...) for a merged model"
+                "merge_weights=True on a 4-bit weight: eval would keep a dense one; expected False, "
+                "and lora.unpatch(model, merge=True, dtype=...) for a merged model"
             )
         variant = taken_from(options)
         LoRALayer.__init__(new, r, lora_alpha, lora_dropout, merge_weights, **variant)
@@ -273,7 +273,9 @@ class Linear(LoRALayer, NF4State, nn.Linear):
     def _row_norms(self) -> Tensor:
         """‖W + scaling · B A‖ of the rows that have an update."""
         with autocast_off(self.weight.device):
-            weight = self._matrix(self.weight)
+            weight = self._matrix(self.weight.detach())
+            if isinstance(weight, NF4Tensor):
+                weight = weight.dequantize()
             return row_norms(weight, *self.factors(), self.scaling, self.rows)
 
     def _row_scale(self, norms: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def patch(
             one layer at a time, so memory never exceeds the model and one layer. Layers that have such
             weights already, bitsandbytes' among them, are taken over as they are.
         variant: use_rslora, use_dora, lora_bias, use_lorafa (False), init_lora_weights (True, or
-            "pissa", "loftq", or either with "_niter_N"), see `lora.variants`; all but use_rslora for linear layers alone.
+            "pissa", "loftq", or either with "_niter_N"), see `lora.variants`; all but use_rslora for
+            linear layers alone.
 
     Raises:
         ValueError, TypeError: an option out of range, a target or pattern that matches nothing, a

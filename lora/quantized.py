@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .kernels import nf4
 from .kernels.nf4 import BLOCK, GROUP, NF4
 from .kernels.nf4_tensor import NF4Tensor
-from .sharded import is_sharded
+from .sharded import is_sharded, sharded_like, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,9 +51,10 @@ class NF4State(nn.Module):
         *_, errors = args
         if isinstance(local(self._parameters.get("weight")), NF4Tensor):
             try:
-                weight = joined(state_dict, prefix)
+                weight, now = joined(state_dict, prefix), self._parameters["weight"]
                 if weight is not None:
-                    state_dict[f"{prefix}weight"] = weight
+                    part = is_sharded(now) and not is_sharded(weight)
+                    state_dict[f"{prefix}weight"] = sharded_like(weight, now) if part else weight
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")
                 state_dict[f"{prefix}weight"] = self._parameters["weight"]
@@ -71,8 +72,8 @@ class NF4State(nn.Module):
 class LinearNF4(NF4State, nn.Linear):
     """`nn.Linear` on a frozen 4-bit weight (QLoRA, arXiv 2305.14314): y = x Wᵀ + bias.
 
-    W (out, in) is dequantised for each product, forward and backward, and not kept. Made by `from_module`,
-    or by `lora.patch(model, ..., quantize="nf4")` of every linear layer of a model that gets no update.
+    W (out, in) is dequantised for each product, forward and backward, and not kept. Made by
+    `from_module`, or by `lora.patch(model, ..., quantize="nf4")` of the layers that get no update.
 
     >>> layer = LinearNF4.from_module(torch.nn.Linear(64, 32, bias=False))
     >>> layer
@@ -99,7 +100,7 @@ class LinearNF4(NF4State, nn.Linear):
                     "bitsandbytes has not quantised this Linear4bit yet: move it first"
                 )
         else:
-            weight = NF4Tensor.quantize(layer.weight.detach())
+            weight = NF4Tensor.quantize(layer._parameters["weight"].detach())  # type: ignore[union-attr]
         new = cls.__new__(cls)
         kept = nn.Linear(1, 1, device="meta").__dict__.keys() | {"training"}
         new.__dict__.update({k: v for k, v in layer.__dict__.items() if k in kept})
@@ -183,19 +184,21 @@ def _sharded(part: Tensor, weight: Any) -> Tensor:
 
 
 def joined(state: dict[str, Any], prefix: str) -> Tensor | None:
-    """The weight whose entries `state` has, which are taken out; None if there is none.
+    """The weight whose entries `state` has, which are taken out; None if there is none. Whole.
 
     A dense weight is quantised, so that it takes the place of a 4-bit one whole. ValueError for parts
     of another type of quantisation, or that do not fit together.
     """
     name = f"{prefix}weight"
     parts = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
-    weight = state.pop(name, None)
+    weight: Tensor | None = state.pop(name, None)
     if not parts:
-        dense = weight is not None and not is_sharded(weight) and not is_quantized(weight)
-        return NF4Tensor.quantize(weight) if dense else weight
-    own = {key.removeprefix(f"{name}."): part for key, part in parts.items()}
-    return from_entries({"": weight, **own})
+        if weight is None or is_sharded(weight) or is_quantized(weight):
+            return weight
+        dense: Tensor = NF4Tensor.quantize(weight)
+        return dense
+    own = {key.removeprefix(f"{name}."): whole(part) for key, part in parts.items()}
+    return from_entries({"": None if weight is None else whole(weight), **own})
 
 
 def from_entries(entries: Mapping[str, Any]) -> NF4Tensor:

@@ -1,4 +1,4 @@
-"""Put plain modules in the place of LoRA layers, with or without their updates: the inverse of `patch`."""
+"""Put plain modules in the place of LoRA layers, with or without updates: the inverse of `patch`."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def _check_dense(
 ) -> None:
     """ValueError for arguments that do not fit a model with these 4-bit layers."""
     if not merge or not quantized:
+        why = "no weight is of 4 bits" if merge else "merge is False"
         for name, value in (("dtype", dtype), ("base", base)):
             if value is not None:
                 raise ValueError(
-                    f"{name} was given, but {'merge is False' if not merge else 'no weight is of 4 bits'}: "
-                    "it is for merging into 4-bit weights"
+                    f"{name} is for merging into 4-bit weights, and {why}: leave it out"
                 )
         return
     if dtype is None or not dtype.is_floating_point:
@@ -105,9 +105,12 @@ def _check_dense(
         )
     for name in quantized if base is not None else ():
         module, key = model.get_submodule(name), f"{name}.weight" if name else "weight"
-        if base is not None and (key not in base or base[key].shape != module.weight.shape):
+        weight = module._parameters["weight"]
+        assert base is not None
+        assert weight is not None
+        if key not in base or base[key].shape != weight.shape:
             there = tuple(base[key].shape) if key in base else None
-            raise ValueError(f"base[{key!r}]: expected {tuple(module.weight.shape)}, got {there}")
+            raise ValueError(f"base[{key!r}]: expected {tuple(weight.shape)}, got {there}")
         if isinstance(module, LoRALayer) and begins_as(module.variant, "loftq"):
             raise ValueError(
                 f"{name}: a LoftQ update holds what quantising lost, so it belongs to the 4-bit "
@@ -127,7 +130,8 @@ class _Report:
     def dense(self, name: str, layer: nn.Module) -> nn.Module:
         """The plain layer on a dense weight, with the update if there is one."""
         plain = layer.to_module() if isinstance(layer, LoRALayer) else layer
-        assert isinstance(plain, LinearNF4) and self.dtype is not None
+        assert isinstance(plain, LinearNF4)
+        assert self.dtype is not None
         trained = frozen = plain.weight.dequantize()
         if self.base is not None:
             original = self.base[f"{name}.weight" if name else "weight"].detach()
