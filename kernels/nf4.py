@@ -110,16 +110,17 @@ def quantize(weight: Tensor) -> NF4:
     blocks = -(-w.numel() // BLOCK)
     packed = w.new_empty(-(-w.numel() // 2), dtype=torch.uint8)
     absmax = w.new_empty(blocks, dtype=torch.float32)
+    done = 0
     if w.is_cuda:
         from .triton_nf4 import quantize_blocks
 
         quantize_blocks(w, packed, absmax)
-    else:
-        for start in range(0, blocks, _CHUNK):
-            chunk = w[start * BLOCK : (start + _CHUNK) * BLOCK]
-            codes, absmax[start : start + _CHUNK] = _quantize_blocks(chunk.float())
-            bytes_ = slice(start * BLOCK // 2, (start + _CHUNK) * BLOCK // 2)
-            packed[bytes_] = codes[::2] << 4 | codes[1::2]
+        done = w.numel() // BLOCK  # all but a shorter last one
+    for start in range(done, blocks, _CHUNK):
+        chunk = w[start * BLOCK : (start + _CHUNK) * BLOCK]
+        codes, absmax[start : start + _CHUNK] = _quantize_blocks(chunk.float())
+        bytes_ = slice(start * BLOCK // 2, (start + _CHUNK) * BLOCK // 2)
+        packed[bytes_] = codes[::2] << 4 | codes[1::2]
     offset = absmax.mean() if blocks else absmax.new_zeros(())
     nested, nested_absmax = _nest(absmax - offset)
     return NF4(packed, nested, nested_absmax, offset.reshape(1))

@@ -22,35 +22,35 @@ from .tiling import cdiv, on_device
 BLOCKS = 32  # a program
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n_blocks"])
 def quantize_kernel(
     w_ptr,
     packed_ptr,
     absmax_ptr,
     bounds_ptr,
     smallest,
-    n,
+    n_blocks,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    there = blocks < n_blocks
     bytes_ = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    high = tl.load(w_ptr + 2 * bytes_, mask=2 * bytes_ < n, other=0).to(tl.float32)
-    low = tl.load(w_ptr + 2 * bytes_ + 1, mask=2 * bytes_ + 1 < n, other=0).to(tl.float32)
+    high = tl.load(w_ptr + 2 * bytes_, mask=there[:, None], other=0).to(tl.float32)
+    low = tl.load(w_ptr + 2 * bytes_ + 1, mask=there[:, None], other=0).to(tl.float32)
     absmax = tl.maximum(tl.max(tl.abs(high), 1), tl.max(tl.abs(low), 1))
-    divisor = tl.maximum(absmax, smallest)
-    short = (blocks + 1) * BLOCK > n  # the last block: divided, not multiplied by the inverse
-    inverse = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), divisor)
-    halves = tl.join(high, low)
-    quotients = tl.div_rn(halves, tl.broadcast_to(divisor[:, None, None], halves.shape))
-    scaled = tl.where(short[:, None, None], quotients, halves * inverse[:, None, None])
-    codes = tl.zeros(halves.shape, tl.int32)
+    inverse = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), tl.maximum(absmax, smallest))
+    high = high * inverse[:, None]
+    low = low * inverse[:, None]
+    high_codes = tl.zeros(high.shape, tl.int32)
+    low_codes = tl.zeros(low.shape, tl.int32)
     for i in tl.static_range(15):
-        codes += (scaled > tl.load(bounds_ptr + i)).to(tl.int32)
-    high_codes, low_codes = tl.split(codes)
+        bound = tl.load(bounds_ptr + i)
+        high_codes += (high > bound).to(tl.int32)
+        low_codes += (low > bound).to(tl.int32)
     packed = (high_codes << 4 | low_codes).to(tl.uint8)
-    tl.store(packed_ptr + bytes_, packed, mask=2 * bytes_ < n)
-    tl.store(absmax_ptr + blocks, tl.where(short, divisor, absmax), mask=blocks * BLOCK < n)
+    tl.store(packed_ptr + bytes_, packed, mask=there[:, None])
+    tl.store(absmax_ptr + blocks, absmax, mask=there)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -66,6 +66,7 @@ def dequantize_kernel(
     n,
     NESTED: tl.constexpr,
     PART: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -82,24 +83,33 @@ def dequantize_kernel(
     else:
         scale = tl.load(absmax_ptr + blocks, mask=there, other=0)
     bytes_ = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    packed = tl.load(packed_ptr + bytes_, mask=2 * bytes_ < n, other=0).to(tl.int32)
+    index = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if WHOLE:  # a mask that is the same all along a block lets neighbours go together
+        coded = there[:, None]
+        inside = there[:, None]
+    else:
+        coded = 2 * bytes_ < n
+        inside = index < n
+    packed = tl.load(packed_ptr + bytes_, mask=coded, other=0).to(tl.int32)
     high = tl.load(levels_ptr + (packed >> 4)) * scale[:, None]
     low = tl.load(levels_ptr + (packed & 15)) * scale[:, None]
     values = tl.interleave(high, low)
-    index = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=index < n)
+    tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def quantize_blocks(w: Tensor, packed: Tensor, absmax: Tensor) -> None:
-    """Codes and absmax of contiguous w (n,) into packed (⌈n / 2⌉,) and absmax (⌈n / 64⌉,)."""
+    """Codes and absmax of the whole blocks of contiguous w (n,), into packed and absmax."""
+    n_blocks = w.numel() // BLOCK
+    if n_blocks == 0:
+        return
     with on_device(w):
-        quantize_kernel[(cdiv(absmax.numel(), BLOCKS),)](
+        quantize_kernel[(cdiv(n_blocks, BLOCKS),)](
             w,
             packed,
             absmax,
             bounds(w.device),
             SMALLEST,
-            w.numel(),
+            n_blocks,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
             num_warps=4,
@@ -122,6 +132,7 @@ def dequantize_blocks(parts: NF4, out: Tensor) -> None:
             out.numel(),
             NESTED=parts.nested_absmax is not None,
             PART=parts.first is not None,
+            WHOLE=out.numel() % BLOCK == 0,
             BLOCK=BLOCK,
             GROUP=GROUP,
             BLOCKS=BLOCKS,

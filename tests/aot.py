@@ -24,10 +24,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import KernelParam
 
 from lora.kernels import (
+    nf4,
     tiling,
     triton_expand,
     triton_factor_grads,
     triton_input_grads,
+    triton_nf4,
     triton_shrink,
 )
 from lora.kernels.fused import FEW_TOKENS
@@ -38,6 +40,8 @@ MODULES = {
     "factor_grads_kernel": triton_factor_grads,
     "input_grads_kernel": triton_input_grads,
     "_sum_kernel": tiling,
+    "quantize_kernel": triton_nf4,
+    "dequantize_kernel": triton_nf4,
 }
 # Shared memory of one block, in bytes: CUDA C++ Programming Guide, table of technical specifications
 # by compute capability; AMD: 64 KiB of LDS a workgroup (160 KiB from gfx950 on).
@@ -94,6 +98,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -184,6 +189,25 @@ def passes(dtype, m, n, k, r, rows, p, factors=None, bias=False, needs=(True, Tr
     return run_in_tf32 if tf32 else run
 
 
+def quantised(dtype, n, nested=True, part=False):
+    """A function that quantises a weight of n elements and dequantises it."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    blocks = -(-n // nf4.BLOCK)
+    packed, weight = meta(-(-n // 2), dtype=torch.uint8), meta(n, dtype=dtype)
+    codes = meta(blocks, dtype=torch.uint8 if nested else torch.float32)
+    scales = (meta(-(-blocks // nf4.GROUP)), meta(1)) if nested else (None, None)
+    first = meta(1, dtype=torch.int64) if part else None
+
+    def run() -> None:
+        triton_nf4.quantize_blocks(weight, packed, meta(blocks))
+        triton_nf4.dequantize_blocks(nf4.NF4(packed, codes, *scales, first), weight)
+
+    return run
+
+
 QKV = ((0, 3072), (3072, 6144), (6144, 9216))
 
 
@@ -194,6 +218,7 @@ def cases(everything: bool):
     if not everything:
         for arch in FEW:
             yield arch, passes(bf16, 8192, *qkv, 16, QKV, 0.05), "qkv r=16"
+            yield arch, quantised(bf16, 9216 * 3072), "NF4 of qkv"
         return
     ranks = ((bf16, (16, 32, 64, 128, 256)), (fp16, (16,)), (fp32, (16, 64)))
     layers = ((QKV, 0.05), (whole, 0.0))
@@ -201,6 +226,10 @@ def cases(everything: bool):
         for r in rs:
             label = f"{str(dtype)[6:]} r={r} x {len(rows)}, M={m}, p={p}"
             yield arch, passes(dtype, m, *qkv, r, rows, p), label
+    for arch, dtype in itertools.product(SHARED, (bf16, fp16, fp32)):
+        yield arch, quantised(dtype, 9216 * 3072), f"NF4 of qkv, {dtype}"
+        yield arch, quantised(dtype, 4097, part=True), f"NF4, odd, a part, {dtype}"
+        yield arch, quantised(dtype, 4097, nested=False), f"NF4, odd, plain scales, {dtype}"
     for arch in SHARED:
         for m, r in ((16, 16), (16, 64), (8192, 16), (8192, 64)):
             label = f"fp32 factors, r={r} x 3, M={m}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = {"shrink_kernel", "expand_kernel", "factor_grads_kernel", "input_grads_kernel"}
+KERNELS |= {"quantize_kernel", "dequantize_kernel"}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is for Linux alone")

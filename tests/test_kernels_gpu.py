@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora
-from lora.kernels import explain, lora_linear
+from lora.kernels import explain, lora_linear, nf4
 from lora.kernels.dropout import keep_scale
 
 pytestmark = pytest.mark.gpu
@@ -159,3 +159,41 @@ def test_launches_go_to_the_tensors_device():
     y.sum().backward()
     assert x.grad.device == torch.device("cuda:1")
     torch.cuda.synchronize("cuda:1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_a_weight_is_quantised_on_a_gpu_as_on_a_cpu(dtype):
+    w = (torch.randn(3072, 1024) * 0.02).to(dtype)
+    here, there = nf4.quantize(w), nf4.quantize(w.cuda())
+    assert torch.equal(there.packed.cpu(), here.packed)
+    # The mean of all absmax may be added up in another order.
+    assert (nf4.scales(there).cpu() - nf4.scales(here)).abs().max() < 1e-2 * w.abs().max()
+
+
+def test_a_quantised_layer_runs_the_fused_kernels_and_keeps_nothing_dense():
+    layer = lora.LinearNF4.from_module(nn.Linear(3072, 9216, bias=False, device="cuda", dtype=BF16))
+    dense = layer.weight.dequantize()
+    splits = {"enable_lora": [True] * 3, "lora_dtype": torch.float32}
+    adapted = lora.MergedLinear.from_module(layer, 16, 32, 0.05, **splits)
+    assert lora.summary(adapted).rows[0].path.startswith("triton: ")
+    nn.init.normal_(adapted.lora_B)
+    x = torch.randn(2048, 3072, device="cuda", dtype=BF16, requires_grad=True)
+    adapted(x).sum().backward()  # warms up the buffers
+    before = torch.cuda.memory_allocated()
+    y = adapted(x)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept < y.nbytes + 3 * 2048 * 48 * 4
+    factors = adapted.lora_A, adapted.lora_B
+    adapted.dropout_seed = torch.tensor([3], device="cuda")
+    got = adapted(x)
+    want = lora_linear(
+        x, dense, None, *factors, 2.0, splits=(3072,) * 3, dropout_p=0.05, seed=3, impl="triton"
+    )
+    assert torch.equal(got, want)
+    grad = torch.randn_like(got)
+    for one, other in zip(
+        torch.autograd.grad(got, (x, *factors), grad),
+        torch.autograd.grad(want, (x, *factors), grad),
+        strict=True,
+    ):
+        assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The fused kernels without a GPU: test_kernels_fused.py in Triton's interpreter, in its own process.
+"""The Triton kernels without a GPU: their tests in the interpreter, in a process of their own.
 
 Triton decides when a kernel is decorated whether it is interpreted, so a process does one or the other.
 """
@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_fused_kernels_in_the_interpreter(interpreted):
+    files = ("tests/test_kernels_fused.py", "tests/test_kernels_nf4_fused.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/test_kernels_fused.py"],
+        [*command, *files],
         cwd=ROOT,
         env=interpreted,
         capture_output=True,
