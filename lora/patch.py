@@ -16,7 +16,6 @@ from ._base import LoRALayer
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .full import trainable_copy
-from .kernels.nf4_tensor import NF4Tensor
 from .linear import Linear, is_transformers_conv1d
 from .quantize import quantize_in_place, to_quantize
 from .quantized import LinearNF4, adoptable, is_linear4bit
@@ -99,7 +98,7 @@ def patch(
             del options["lora_dropout"]
         return layer_type(module).from_module(module, **options)  # type: ignore[attr-defined, no-any-return]
 
-    replace(
+    quantized = replace(
         model,
         targets,
         full,
@@ -115,6 +114,8 @@ def patch(
         quantize=quantize,
         variant=variant,
     )
+    del targets, full
+    quantize_in_place(model, quantized)
     return model
 
 
@@ -165,8 +166,12 @@ def replace(
     lora_dtype: torch.dtype | None,
     quantize: str | None,
     variant: Variant,
-) -> None:
-    """Adapt `targets`, each with its options, let `full` train in full; or leave all as it was."""
+) -> list[str]:
+    """Adapt `targets`, each with its options, let `full` train in full; or leave all as it was.
+
+    Returns the names of the layers that are to be quantised: by the caller, once nothing holds the
+    plain modules, so that the dense weights are freed one by one.
+    """
     if begins_as(variant, "loftq") and quantize is None:
         raise ValueError(
             f"init_lora_weights={variant['init_lora_weights']!r} begins as what quantising loses: "
@@ -177,7 +182,7 @@ def replace(
             f"merge_weights=True with quantize={quantize!r}: eval would keep dense weights; expected "
             "False, and lora.unpatch(model, merge=True, dtype=...) for a merged model"
         )
-    quantized = to_quantize(model, quantize, full.values())
+    quantized = list(to_quantize(model, quantize, full.values()))
     targets = {
         name: module
         for name, module in targets.items()
@@ -206,12 +211,7 @@ def replace(
 
     with unchanged_on_error(model, [*targets, *full]):
         install(model, build_all(model, targets, full, build_with_options), bias)
-    quantize_in_place(model, [name for name in quantized if _is_dense(model, name)])
-
-
-def _is_dense(model: nn.Module, name: str) -> bool:
-    """Whether the weight is not yet one of ours of 4 bits: those of adapted Linear4bit are."""
-    return not isinstance(model.get_submodule(name).weight, NF4Tensor)
+    return quantized
 
 
 def build_all(

@@ -12,6 +12,7 @@ from ._base import LoRALayer
 from .linear import Linear
 from .merged_linear import MergedLinear
 from .patch import check_patchable, replace
+from .quantize import quantize_in_place
 from .targets import find_modules_to_save, find_targets
 from .variants import Variant, checked
 
@@ -115,7 +116,7 @@ def patch_phi3(
             enabled = tuple(enable_qkv)
         return MergedLinear.from_module(module, enable_lora=enabled, out_splits=splits, **options)
 
-    replace(
+    quantized = replace(
         model,
         targets,
         find_modules_to_save(model, modules_to_save),
@@ -131,6 +132,8 @@ def patch_phi3(
         quantize=quantize,
         variant=variant,
     )
+    del targets
+    quantize_in_place(model, quantized)
     return model
 
 

@@ -8,7 +8,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from .kernels.nf4_tensor import DTYPES
+from .kernels.nf4_tensor import DTYPES, NF4Tensor
+from .linear import Linear
 from .quantized import LinearNF4, is_linear4bit
 from .targets import linear_names
 
@@ -66,15 +67,16 @@ def quantize_in_place(model: nn.Module, names: Collection[str]) -> None:
 
     Layer by layer: beside the model there is one layer's new weight and a few blocks.
     """
-    done: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        if layer not in done:
-            in_place = getattr(layer, "quantize_weight", None)
-            done[layer] = layer
-            if in_place is None:
-                done[layer] = LinearNF4.from_module(layer)
-            else:
-                in_place()
+    ids = {name: id(model.get_submodule(name)) for name in names}  # holds none of them
+    done: dict[int, nn.Module] = {}
+    for name, key in ids.items():
+        if key not in done:
+            done[key] = _quantized(model.get_submodule(name))
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, done[layer])
+        setattr(model.get_submodule(parent), own, done[key])
+
+
+def _quantized(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, Linear) and not isinstance(layer.weight, NF4Tensor):
+        layer.quantize_weight()
+    return layer if isinstance(layer, Linear) else LinearNF4.from_module(layer)

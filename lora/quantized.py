@@ -193,12 +193,12 @@ def joined(state: dict[str, Any], prefix: str) -> Tensor | None:
     parts = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
     weight: Tensor | None = state.pop(name, None)
     if not parts:
-        if weight is None or is_sharded(weight) or is_quantized(weight):
-            return weight
-        dense: Tensor = NF4Tensor.quantize(weight)
-        return dense
+        if weight is not None and not is_sharded(weight) and not is_quantized(weight):
+            weight = NF4Tensor.quantize(weight)
+        return weight
     own = {key.removeprefix(f"{name}."): whole(part) for key, part in parts.items()}
-    return from_entries({"": None if weight is None else whole(weight), **own})
+    made: Tensor = from_entries({"": None if weight is None else whole(weight), **own})
+    return made
 
 
 def from_entries(entries: Mapping[str, Any]) -> NF4Tensor:

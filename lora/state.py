@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._base import LoRALayer, lora_layers
 from .full import full_modules
+from .kernels.nf4_tensor import NF4Tensor
 from .sharded import gatherer, refuse_sharded, reshard
 from .switch import BIAS_MODE, adapter_names, inner_model
 
@@ -88,13 +89,19 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     what loralib users had from `model.eval(); torch.save(model.state_dict())`. Warns if a weight
     with an update is tied to another module: then the two entries differ, and only a model with
     untied weights can hold them. Raises ValueError for an update with a bias (`lora_bias`) on a layer
-    without one, and for a model that is sharded over processes.
+    without one, for 4-bit weights, and for a model that is sharded over processes.
     """
     refuse_sharded(
         model,
         "merging would gather every weight in every process",
         "lora.save_adapter, then `lora merge` on the checkpoint",
     )
+    for name, layer in lora_layers(model):
+        if isinstance(layer.weight, NF4Tensor):
+            raise ValueError(
+                f"{name or type(layer).__name__} has a 4-bit weight, in which an update would be lost: "
+                "lora.unpatch(model, merge=True, dtype=...) merges into dense weights"
+            )
     state = _state(model)
     # The entry of a weight comes beside that of its lora_A, whatever wrappers did to the names.
     keys: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}
