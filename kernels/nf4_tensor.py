@@ -465,7 +465,11 @@ def _new(func: Any, weight: NF4Tensor, *args: Any, **options: Any) -> Any:
 
 @_own(_aten.copy_.default)
 def _copy(func: Any, weight: Any, values: Tensor, non_blocking: bool = False) -> Any:
-    """The parts of `values`, or those that it is quantised to."""
+    """The parts of `values`, or those that it is quantised to.
+
+    Dense values that are its own leave it as it is, though they would be quantised to others:
+    DistributedDataParallel copies those of the first process into every one.
+    """
     if not isinstance(weight, NF4Tensor):
         return NotImplemented
     if weight.shape != values.shape:
@@ -474,6 +478,10 @@ def _copy(func: Any, weight: Any, values: Tensor, non_blocking: bool = False) ->
         new = values
     else:
         dense = values.dequantize() if isinstance(values, NF4Tensor) else values
+        if not weight.is_meta and torch.equal(
+            dense.to(weight.device, weight.dtype), weight._dense()
+        ):
+            return weight
         new = NF4Tensor.quantize(dense.t().contiguous() if weight.transposed else dense)
     for name, part in new.parts._asdict().items():
         held = getattr(weight, name)

@@ -36,6 +36,7 @@ from ._base import LoRALayer
 from .linear import Linear
 from .merged_linear import MergedLinear
 from .phi3 import decoder_layers, qkv_splits
+from .quantized import is_quantized
 from .sharded import TENSOR_PARALLEL, is_sharded, own_class, whole, whole_of
 
 __all__ = ["ColumnParallel", "LocalHeads", "RowParallel", "phi3_plan"]
@@ -136,6 +137,11 @@ class _Parallel:
 
     def shard(self, module: nn.Module) -> nn.Module:
         """Make the Parameters DTensors, with the values of the first process; nothing if it raises."""
+        if is_quantized(module._parameters.get("weight")):
+            raise ValueError(
+                f"{type(module).__name__} has a 4-bit weight, whose blocks tensor parallelism would "
+                "cut: expected a dense one, or fully_shard"
+            )
         if type(module) not in (nn.Linear, Linear, MergedLinear):
             raise TypeError(
                 f"{type(module).__name__}: expected an nn.Linear, lora.Linear or lora.MergedLinear"

@@ -39,6 +39,8 @@ import lora.distributed
 import lora.tensor_parallel as tp
 from lora._base import lora_layers
 from lora.adapter.checkpoint import Checkpoint
+from lora.kernels.nf4_tensor import NF4Tensor
+from lora.sharded import reshard
 
 STUCK = timedelta(
     seconds=int(os.environ.get("STUCK_SECONDS", "90"))
@@ -231,6 +233,47 @@ def fsdp2_bf16_base() -> Found:
 def fsdp2_mixed_precision() -> Found:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return equal(lambda m: by_fsdp2(m, mp_policy=policy))
+
+
+@case
+def ddp_nf4() -> Found:
+    return equal(by_ddp, quantize="nf4")
+
+
+@case
+def fsdp2_nf4() -> Found:
+    """A 4-bit base in parts: each process has its rows' codes, and state dicts are one process's."""
+    found = equal(by_fsdp2, quantize="nf4")
+    one, model = patched(quantize="nf4"), by_fsdp2(patched(quantize="nf4"))
+    weights = [(m.weight, model.get_submodule(n).weight) for n, m in lora_layers(one)]
+    for weight, part in weights:
+        assert isinstance(part.to_local(), NF4Tensor)
+        assert part.to_local().packed.numel() * dist.get_world_size() == weight.packed.numel()
+    want, got = one.state_dict(), model.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(whole(got[name]), value) for name, value in want.items())
+    loss = loss_of(model, batch(0)).item()
+    state = {name: value.clone() for name, value in got.items()}
+    for _, part in weights:
+        part.to_local().packed.zero_()
+    assert loss_of(model, batch(0)).item() != loss
+    for values in (state, {n: v for n, v in want.items() if "_proj.weight" in n}):
+        reshard(model)
+        model.load_state_dict(values, strict=values is state)
+        assert loss_of(model, batch(0)).item() == loss
+        reshard(model)
+        for _, part in weights:
+            part.to_local().absmax.zero_()
+    offload = CPUOffloadPolicy(pin_memory=False)
+    assert (
+        loss_of(by_fsdp2(patched(quantize="nf4"), offload_policy=offload), batch(0)).item() == loss
+    )
+    narrow = nn.Sequential(lora.LinearNF4.from_module(nn.Linear(8, 4 * dist.get_world_size())))
+    with pytest.raises(ValueError, match=r"4 rows of an NF4 weight .* are 32 elements: .*of 64"):
+        fully_shard(narrow, mesh=mesh())
+    with pytest.raises(ValueError, match=r"4-bit weight, whose .*fully_shard"):
+        by_tp(patched(quantize="nf4"))
+    return found
 
 
 @case

@@ -25,6 +25,7 @@ BOUND = 1e-5  # in fp32, relative
 HALF = 3e-2  # in bf16, whose sums are rounded in another order
 CASES = {
     2: (
+        *("ddp_nf4", "fsdp2_nf4"),
         *("ddp", "fsdp2", "fsdp2_offload", "fsdp2_bf16_base", "fsdp2_mixed_precision"),
         *(
             "tensor_parallel",
@@ -40,7 +41,7 @@ CASES = {
     ),
     4: (
         *("ddp", "fsdp2", "fsdp2_bf16_base", "tensor_parallel", "files", "load_states"),
-        *("save_states", "from_meta", "memory", "evaluates_alone"),
+        *("save_states", "from_meta", "memory", "evaluates_alone", "fsdp2_nf4"),
     ),
     1: ("load_states",),
 }

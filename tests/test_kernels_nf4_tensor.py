@@ -92,6 +92,9 @@ class TestStaysQuantised:
         q.copy_(dense)
         assert torch.equal(q.dequantize(), NF4Tensor.quantize(dense).dequantize())
         assert q.packed.data_ptr() == place
+        parts = [part.clone() for part in q.parts if part is not None]
+        q.copy_(q.dequantize())  # its own values, which would be quantised to other ones
+        assert all(map(torch.equal, parts, [part for part in q.parts if part is not None]))
         turned = other.t()
         turned.copy_(dense.t())
         assert torch.equal(turned.dequantize(), q.t().dequantize())
