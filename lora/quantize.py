@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,25 @@ def quantize_in_place(model: nn.Module, names: Collection[str]) -> None:
             done[key] = _quantized(model.get_submodule(name))
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, done[key])
+    _unmark(model)
 
 
 def _quantized(layer: nn.Module) -> nn.Module:
     if isinstance(layer, Linear) and not isinstance(layer.weight, NF4Tensor):
         layer.quantize_weight()
     return layer if isinstance(layer, Linear) else LinearNF4.from_module(layer)
+
+
+# By what transformers knows a model that it has loaded in 4 bits: its Trainer refuses such a one unless
+# it is PEFT's, and it cannot be moved.
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "quantization_method", "hf_quantizer")
+
+
+def _unmark(model: nn.Module) -> None:
+    """Take these marks away, when none of the layers is bitsandbytes' any more."""
+    if model.__dict__.get("is_loaded_in_4bit") and not any(map(is_linear4bit, model.modules())):
+        for mark in _MARKS:
+            model.__dict__.pop(mark, None)
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config

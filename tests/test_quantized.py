@@ -247,6 +247,42 @@ class TestTraining:
         assert lora.load_adapter(again, tmp_path / "checkpoint-3").problems == ()
         assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 
+    def test_it_takes_one_that_transformers_loaded_in_4_bits(
+        self, bitsandbytes, make_phi3, tmp_path, ids
+    ):
+        from datasets import Dataset
+        from transformers import (
+            AutoModelForCausalLM,
+            BitsAndBytesConfig,
+            Trainer,
+            TrainingArguments,
+        )
+
+        make_phi3().bfloat16().save_pretrained(tmp_path / "base")
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.bfloat16
+        )
+        want = model.eval()(ids).logits
+        lora.patch_phi3(model, 4, 8, 0.0, ["qkv_proj"], quantize="nf4")
+        assert torch.equal(model(ids).logits, want)
+        data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+        arguments = TrainingArguments(
+            str(tmp_path / "out"), max_steps=2, report_to=[], use_cpu=True, logging_steps=1
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = Trainer(model, arguments, train_dataset=data)
+            trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert losses[-1] < losses[0]
+        assert not hasattr(model.config, "quantization_config")
+
     def test_adapters_are_ordinary(self, make, make_phi3, fill_factors, ids, tmp_path):
         model, base = make()
         lora.save_adapter(fill_factors(model), tmp_path)
