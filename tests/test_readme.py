@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text()
 SECTIONS = re.split(r"^## ", README, flags=re.MULTILINE)
 WITH_CODE = {text.splitlines()[0]: text for text in SECTIONS if "```python" in text}
 GUIDES = {
-    name: (ROOT / "docs" / name).read_text() for name in ("phi3.md", "training.md", "variants.md")
+    name: (ROOT / "docs" / name).read_text()
+    for name in ("phi3.md", "qlora.md", "training.md", "variants.md")
 }
 # As Phi-3's own: every turn between its role and an end.
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
