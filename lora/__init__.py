@@ -19,6 +19,7 @@ from .modes import disabled, merged
 from .optim import parameter_groups
 from .patch import patch
 from .phi3 import patch_phi3
+from .pretrained import load_pretrained
 from .quantized import LinearNF4
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
 from .summary import Summary, summary
@@ -41,6 +42,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "load_adapter",
+    "load_pretrained",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged",

@@ -203,7 +203,10 @@ def _merge(args: argparse.Namespace) -> int:
     from .adapter.merge import merge_checkpoint
 
     adapter = read_adapter(args.adapter).checked()
-    report = merge_checkpoint(args.base, adapter, args.out, progress=_progress("merging"))
+    dequantize = None if args.dequantize is None else _DTYPES[args.dequantize]
+    report = merge_checkpoint(
+        args.base, adapter, args.out, dequantize=dequantize, progress=_progress("merging")
+    )
     print(report)
     print(f"{args.out}: {report.bytes:,} bytes; peak memory of this process {_peak():,} bytes")
     return 0
@@ -265,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--base",
         metavar="MODEL",
-        help="folder of the base model: compare names, shapes and weights, and rehearse the merge",
+        help="folder of the base model, of 4 bits or not: compare names, shapes and weights, and "
+        "rehearse the merge",
     )
 
     convert = add(
@@ -307,9 +311,21 @@ def _parser() -> argparse.ArgumentParser:
         "a plain checkpoint with the adapter merged in, for a base of any size",
         "lora merge ./Phi-3-mini-4k-instruct adapter ./Phi-3-mini-mine",
     )
+    merge.description = (
+        f"{merge.description} An adapter that was trained on 4-bit weights (QLoRA) is merged into the "
+        "original base, or with --dequantize into the weights of the training: give the 4-bit base "
+        "then, as transformers saves it (bitsandbytes, nf4), or the original, whose adapted weights "
+        "are quantised first. A LoftQ adapter fits those alone."
+    )
     merge.add_argument("base", help="folder of the base model, in safetensors")
     merge.add_argument("adapter", help="folder or file of the adapter")
     merge.add_argument("out", help="folder to write; new, or empty")
+    merge.add_argument(
+        "--dequantize",
+        choices=_DTYPES,
+        help="write the weights that were of 4 bits as dense ones of this dtype; other tensors keep "
+        "theirs",
+    )
     return parser
 
 

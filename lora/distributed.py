@@ -23,7 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from ._base import LoRALayer, lora_layers
 from .adapter.check import row_blocks
 from .adapter.checkpoint import Checkpoint
-from .adapter.contents import AdapterError, listed
+from .adapter.contents import listed
+from .pretrained import Source, sources
+from .quantized import is_quantized
 from .sharded import (
     assign,
     assign_to,
@@ -150,12 +152,12 @@ def load_sharded(
         device: where the parts go; None is the mesh's. "cpu" with FSDP2's CPU offload.
 
     Raises AdapterError before anything is read: a folder that is no checkpoint, a tensor that is
-    missing or of another shape, buffers on the meta device, which no checkpoint holds (build their
-    modules outside of it). Call it in every process.
+    missing, of another shape or of 4 bits, a model with 4-bit weights (`lora.load_pretrained` it, then
+    shard it), buffers on the meta device, which no checkpoint holds (build their modules outside of
+    it). Call it in every process.
     """
     checkpoint = Checkpoint(folder)
-    places = _places(model)
-    sources = _sources(model, places, checkpoint)
+    found = sources(list(model.named_modules()), checkpoint, _problems(model))
     if device is None:
         sharded = sharded_tensor(model)
         device = "cpu" if sharded is None else sharded.device_mesh.device_type
@@ -168,80 +170,42 @@ def load_sharded(
     for module, own, buffer in kept:  # to_empty would lose their values
         assert buffer is not None
         module._buffers[own] = buffer.to(device)
-    for (module, own), *ties in places.values():
-        for other, name in ties:
-            other._parameters[name] = module._parameters[own]
-    for key, (module, own) in sources.items():
-        _read_part(checkpoint, key, module, own)
+    for source in found:
+        for module, own in source.places[1:]:  # to_empty unties them
+            module._parameters[own] = source.parameter
+        _read_part(checkpoint, source)
     for _, layer in lora_layers(model):
         if layer.r > 0:
             _begin(layer)
 
 
-_Place = tuple[nn.Module, str]
-
-
-def _places(model: nn.Module) -> dict[str, list[_Place]]:
-    """Every Parameter's first name, and the modules that have it."""
-    found: dict[int, tuple[str, list[_Place]]] = {}
-    for path, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{path}.{own}" if path else own
-                found.setdefault(id(parameter), (name, []))[1].append((module, own))
-    return dict(found.values())
-
-
-def _sources(
-    model: nn.Module, places: dict[str, list[_Place]], checkpoint: Checkpoint
-) -> dict[str, _Place]:
-    """The checkpoint's tensor of every Parameter but the factors; AdapterError if one does not fit."""
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{path}.{own}" if path else own)
-    sources, problems = {}, []
-    for name, ((module, own), *_) in places.items():
-        parameter = module._parameters[own]
-        assert parameter is not None
-        if isinstance(module, LoRALayer) and own.startswith("lora_"):
-            continue
-        key = next((n for n in names[id(parameter)] if n in checkpoint), None)
-        if not parameter.is_meta:
-            problems.append(f"{name} is not on the meta device")
-        elif key is None:
-            problems.append(f"missing tensor {name}")
-        elif checkpoint.shape(key) != tuple(parameter.shape):
-            there, here = checkpoint.shape(key), tuple(parameter.shape)
-            problems.append(f"{key} is {there}, in the model {here}")
-        elif is_sharded(parameter) and any("Strided" in str(p) for p in parameter.placements):  # type: ignore[attr-defined]
-            problems.append(f"{name} is sharded by two engines at once")
-        else:
-            sources[key] = (module, own)
+def _problems(model: nn.Module) -> Iterator[str]:
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
-            problems.append(f"the buffer {name} is on the meta device, and no checkpoint holds it")
-    if problems:
-        raise AdapterError(f"{checkpoint.folder}: {listed(problems)}; nothing was read")
-    return sources
+            yield f"the buffer {name} is on the meta device, and no checkpoint holds it"
+    for name, parameter in model.named_parameters():
+        if is_quantized(parameter):
+            yield (
+                f"{name} is of 4 bits: fill the model by lora.load_pretrained in every process, and "
+                "shard it then"
+            )
 
 
 @torch.no_grad()
-def _read_part(checkpoint: Checkpoint, key: str, module: nn.Module, own: str) -> None:
+def _read_part(checkpoint: Checkpoint, source: Source) -> None:
     """This process's part of a tensor, in blocks of rows that lie together in the file."""
-    parameter: Any = module._parameters[own]
+    parameter: Any = source.parameter
     local = parameter.detach()
     slices = tuple(slice(0, n) for n in parameter.shape)
     if is_sharded(parameter):
         local, slices = local.to_local(), local_slices(parameter)
-    order = row_order(module, own)
+    order = row_order(*source.places[0])
     rows = torch.arange(parameter.shape[0]) if order is None else order
     columns = (slice(None), *slices[1:])
     done = 0
     for first, last in _runs(rows[slices[0]]):
         for block in row_blocks((last - first, *parameter.shape[1:])):
-            values = checkpoint.rows(key, first + block.start, first + block.stop)
+            values = checkpoint.rows(source.key, first + block.start, first + block.stop)
             local[done : done + len(values)].copy_(values[columns])
             done += len(values)
 

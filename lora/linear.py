@@ -249,8 +249,7 @@ class Linear(NF4State, LoRALayer, nn.Linear):
             raise ValueError("merge_weights=True on a 4-bit weight; see Linear.from_module")
         weight = NF4Tensor.quantize(self.weight.detach())
         if begins_as(self.variant, "loftq") and not weight.is_meta:
-            dense = self.weight.float()
-            A, B = self._principal_factors(dense.sub_(weight.dequantize()))
+            A, B = self._principal_factors(self.weight.float() - weight.dequantize())
             self.lora_A.copy_(A)
             self.lora_B.copy_(B)
         self.weight = nn.Parameter(weight, requires_grad=False)

@@ -522,6 +522,13 @@ class TestLoftQ:
         lora.unpatch(model, merge=True, dtype=torch.float32)
         assert (model(ids).logits - want).abs().max() < 1e-4
 
+    def test_the_original_weight_is_not_written_to(self):
+        linear = nn.Linear(64, 32)
+        weight, before = linear.weight, linear.weight.detach().clone()
+        options = {"quantize": "nf4", "init_lora_weights": "loftq"}
+        lora.patch(nn.Sequential(linear), ["0"], r=2, lora_alpha=4, **options)
+        assert torch.equal(weight, before)
+
     def test_a_quantised_base_is_refused(self):
         layer = lora.LinearNF4.from_module(nn.Linear(64, 32))
         with pytest.raises(ValueError, match=r"not known of a weight that is quantised already"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..kernels.nf4 import BLOCK
 from . import fingerprint
 from .checkpoint import Checkpoint
 from .contents import DTYPES, Adapter, AdapterError, Layer
@@ -24,21 +25,38 @@ def compare_base(base: Checkpoint, adapter: Adapter) -> str:
     The names and shapes must fit already.
     """
     then = {name: layer.fingerprint for name, layer in adapter.layers.items()}
-    now = {n: _of_stored(base, n, adapter.layers[n]) for n, known in then.items() if known}
+    now = {n: _of_stored(base, n, adapter.layers[n], known) for n, known in then.items() if known}
     verdict, problem = fingerprint.compare(then, now, adapter.base)
     if problem is not None:
         raise AdapterError(f"{base.folder} is {problem}")
     return verdict
 
 
-def _of_stored(base: Checkpoint, name: str, layer: Layer) -> str:
-    """The fingerprint of a stored weight, as (out, in)."""
-    shape = base.shape(f"{name}.weight")
-    where = fingerprint.positions(math.prod(shape))
+def _of_stored(base: Checkpoint, name: str, layer: Layer, then: str) -> Collection[str]:
+    """The fingerprints of a stored weight, as (out, in), that may be compared with `then`."""
+    key = f"{name}.weight"
+    shape = base.shape(key)
+    elements = math.prod(shape)
+    if base.is_quantized(key):
+        levels = base.levels(key, fingerprint.positions(elements))
+        return [fingerprint.of_levels(levels, shape)]
+    if fingerprint.is_nf4(then):
+        return fingerprint.of_blocks(_sampled(base, key), shape)
+    where = fingerprint.positions(elements)
     if layer.transposed:
         shape = shape[::-1]
         where = [(i % shape[1]) * shape[0] + i // shape[1] for i in where]
-    return fingerprint.of_sample(base.take(f"{name}.weight", where), shape)
+    return [fingerprint.of_sample(base.take(key, where), shape)]
+
+
+def _sampled(base: Checkpoint, name: str) -> Tensor:
+    """The elements that tell the fingerprint of the weight once it is quantised."""
+    elements = math.prod(base.shape(name))
+    starts = fingerprint.sampled_blocks(elements)
+    whole = [start for start in starts if start + BLOCK <= elements]
+    last = starts[len(whole) :]  # a shorter one, at the end
+    values = base.take(name, whole, BLOCK)
+    return torch.cat([values, base.take(name, last, elements % BLOCK)]) if last else values
 
 
 def _tail(name: str) -> str:

@@ -5,22 +5,29 @@ names the shard of every tensor; where it has both, the single file counts, as i
 Opening reads and checks every header; a read takes the bytes asked for, so memory is bounded by the
 largest slice. Shapes are those of the files, rows are along the first dimension.
 
-It builds no model, dequantises nothing, downloads nothing, and expects a little-endian machine, as
-the format is.
+A weight that bitsandbytes quantised to NF4 counts as one tensor, of the dense weight's name, shape and
+dtype; its parts (see ..quantized) are none of the names. What reads elements refuses it, so that codes
+are never taken for elements: `nf4` reads it whole, `levels` some of its codes.
+
+It builds no model, downloads nothing, needs no bitsandbytes, and expects a little-endian machine, as
+the format is. Weights that are quantised otherwise are refused.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels import nf4
+from ..kernels.nf4_tensor import NF4Tensor
+from ..quantized import STATE, from_entries
 from .contents import AdapterError
 from .files import parse_json, read_json
 
@@ -45,6 +52,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# What config.json says of the one kind of quantised weights that is read.
+_NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 class Stored(NamedTuple):
@@ -60,6 +70,19 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         return self.end - self.begin
 
+    @property
+    def itemsize(self) -> int:
+        return self.nbytes // max(math.prod(self.shape), 1)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @classmethod
+    def planned(cls, shard: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+        """Of a tensor that is yet to be written: as if it were the first."""
+        return cls(shard, _CODES[dtype], shape, 0, math.prod(shape) * dtype.itemsize)
+
 
 class Checkpoint:
     """The tensors of a folder by name, read when asked for.
@@ -67,8 +90,12 @@ class Checkpoint:
     Attributes:
         folder: the folder; config: its config.json, {} if it has none.
         shards: file name to the names of its tensors, in the order of their bytes.
-        stored: name to where the tensor lies, in the order of the shards.
-        sharded: whether the folder has an index.
+        stored: name to where the tensor lies, in the order of the shards; of a 4-bit weight, where its
+            codes lie, and where each of its other parts does, by a name of its own.
+        quantized: the name of every 4-bit weight, and that weight on the meta device.
+        sharded: whether the folder has an index; index: what is in it, {} without.
+
+    Raises AdapterError for a folder that is no such checkpoint, or is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -79,6 +106,7 @@ class Checkpoint:
                 "huggingface_hub.snapshot_download gives its folder"
             )
         self.config = self._read_config()
+        self.index: dict[str, Any] = {}
         self.sharded = not os.path.lexists(self.folder / SINGLE)
         weight_map = self._weight_map() if self.sharded else {}
         self.shards: dict[str, list[str]] = {}
@@ -98,22 +126,56 @@ class Checkpoint:
                     f"{self.folder / INDEX}: tensor {name!r} should be in {shard}, which lacks it; "
                     "download or save the base again"
                 )
+        self._parts = self._parts_of_weights()
+        self.quantized = {name: self._joined(name, self._on_meta) for name in self._parts}
 
     def _read_config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         config = read_json(path) if path.exists() else {}
-        if config.get("quantization_config") is not None:
+        found = config.get("quantization_config")
+        if found is not None and not (
+            isinstance(found, dict) and all(found.get(key) == said for key, said in _NF4.items())
+        ):
+            expected = ", ".join(f"{key}={said!r}" for key, said in _NF4.items())
             raise AdapterError(
-                f"{path}: quantization_config={config['quantization_config']!r}: expected weights "
-                "that are not quantised; give the base model that this one was quantised from"
+                f"{path}: quantization_config={found!r}: expected weights that are not quantised, or "
+                f"those of bitsandbytes with {expected}; give the base model that this one was "
+                "quantised from"
             )
         return config
+
+    def _parts_of_weights(self) -> dict[str, dict[str, str]]:
+        """Of every 4-bit weight, the stored names of its parts by their own ("" are the codes)."""
+        mark = f".{STATE}"
+        found = {n.partition(mark)[0]: dict[str, str]() for n in self.stored if mark in n}
+        for name in self.stored:
+            weight = name.partition(mark)[0] if mark in name else name.rpartition(".")[0]
+            if name in found:
+                found[name][""] = name
+            elif weight in found:
+                found[weight][name[len(weight) + 1 :]] = name
+        return found
+
+    def _joined(self, weight: str, read: Callable[[str], Tensor]) -> NF4Tensor:
+        try:
+            parts = {own: read(key) for own, key in self._parts[weight].items()}
+            return from_entries({"": None, **parts})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise AdapterError(f"the 4-bit weight {weight!r} of {self.folder}: {what}") from error
+
+    def _on_meta(self, key: str) -> Tensor:
+        """A part by the header alone, but for what the weight says of itself."""
+        if STATE in key:
+            return self._read(key, 0, self.stored[key].shape[0])
+        return torch.empty(self.stored[key].shape, dtype=self._stored_dtype(key), device="meta")
 
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
         if not path.exists():
             raise AdapterError(f"{self.folder}: {_what_is_there(self.folder)}")
-        weight_map = read_json(path).get("weight_map")
+        self.index = read_json(path)
+        weight_map = self.index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise AdapterError(
                 f"{path}: weight_map={weight_map!r}: expected names of tensors to names of files"
@@ -135,15 +197,32 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """Names of all tensors, shard by shard, in the order of their bytes."""
-        return list(self.stored)
+        return [name for name in self.stored if name in self]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.stored
+        return name in self.stored and not self._is_part(str(name))
+
+    def _is_part(self, name: str) -> bool:
+        """Whether it is a part of a 4-bit weight beside the codes."""
+        weight = name.partition(f".{STATE}")[0] if STATE in name else name.rpartition(".")[0]
+        return weight in self._parts
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether it is a 4-bit weight."""
+        return name in self.quantized
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.quantized:
+            return tuple(self.quantized[name].shape)
         return self.stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
+        if name in self.quantized:
+            dtype: torch.dtype = self.quantized[name].dtype
+            return dtype
+        return self._stored_dtype(name)
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
         code = self.stored[name].dtype
         if code not in _DTYPES:
             raise AdapterError(
@@ -161,7 +240,11 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start to stop of `name`, a new tensor; of one without dimensions, all of it."""
-        shape, dtype = self.shape(name), self.dtype(name)
+        self._refuse_quantized(name)
+        return self._read(name, start, stop)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        shape, dtype = self.stored[name].shape, self._stored_dtype(name)
         if not shape:
             return torch.frombuffer(self.read(name, 0, dtype.itemsize), dtype=dtype).reshape(())
         if not 0 <= start <= stop <= shape[0]:
@@ -172,18 +255,35 @@ class Checkpoint:
         data = self.read(name, start * row, stop * row)
         return torch.frombuffer(data, dtype=dtype).reshape(stop - start, *shape[1:])
 
-    def take(self, name: str, flat_indices: list[int]) -> Tensor:
-        """The elements of `name` at these indices into its bytes' order, one read for each."""
+    def take(self, name: str, flat_indices: list[int], count: int = 1) -> Tensor:
+        """`count` elements of `name` from each of these indices into the order of its bytes."""
+        self._refuse_quantized(name)
         dtype = self.dtype(name)
         size = dtype.itemsize
         elements = self.stored[name].nbytes // size
         for index in flat_indices:
-            if not 0 <= index < elements:
+            if not 0 <= index <= elements - count:
                 raise IndexError(f"{name!r}: element {index} of {elements}")
         if not flat_indices:
             return torch.empty(0, dtype=dtype)
-        data = self._read_many(name, [index * size for index in flat_indices], size)
+        data = self._read_many(name, [index * size for index in flat_indices], count * size)
         return torch.frombuffer(data, dtype=dtype)
+
+    def nf4(self, name: str) -> NF4Tensor:
+        """The 4-bit weight `name`."""
+        return self._joined(name, lambda key: self._read(key, 0, (*self.stored[key].shape, 1)[0]))
+
+    def levels(self, name: str, flat_indices: list[int]) -> Tensor:
+        """Of the elements of a 4-bit weight at these indices the levels, fp32: without their scales."""
+        data = self._read_many(name, [index // 2 for index in flat_indices], 1)
+        codes = [b >> 4 if i % 2 == 0 else b & 15 for i, b in zip(flat_indices, data, strict=True)]
+        return torch.tensor([nf4.LEVELS[code] for code in codes], dtype=torch.float32)
+
+    def _refuse_quantized(self, name: str) -> None:
+        if name in self.quantized:
+            raise AdapterError(
+                f"{name!r} of {self.folder} is a 4-bit weight: expected one that is not quantised"
+            )
 
     def _read_many(self, name: str, starts: list[int], size: int) -> bytearray:
         """`size` bytes from each of `starts`, one after the other.
@@ -241,6 +341,8 @@ def _read_header(path: Path) -> Mapping[str, Stored]:
             f"{path} {'is no regular file' if is_there else 'is missing'}: expected a safetensors "
             "file; download or save the base again"
         )
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "numpy"):
             pass

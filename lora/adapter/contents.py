@@ -76,7 +76,8 @@ class Layer:
         magnitude (out,): DoRA's, in rows without an update the norm of the frozen row.
         lora_bias (out,): bias of the update without its scale, in rows without an update zero.
         use_lorafa: lora_A is not trained.
-    fingerprint: of the frozen weight that it was trained on (`fingerprint.fingerprint`), or None.
+    fingerprint: of the frozen weight that it was trained on (`fingerprint.fingerprint`), or None; its
+        marks say whether that was of 4 bits, and whether the update began as what quantising lost.
     transposed: the weight is stored (in, out), as in transformers' Conv1D.
     """
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..phi3 import PARTS
 from .contents import Adapter, AdapterError, Layer
+from .fingerprint import is_loftq, mark_alone
 
 
 def split(adapter: Adapter, qkv_rows: Sequence[int] | None = None) -> Adapter:
@@ -71,8 +72,8 @@ def _pieces(
 ) -> list[Layer | None]:
     """The update of every part, None where a part has none."""
     parts = len(PARTS[own])
-    plain: dict[str, Any] = dict.fromkeys(("enable_lora", "out_splits", "fingerprint"))
-    plain["kind"] = "Linear"
+    plain: dict[str, Any] = dict.fromkeys(("enable_lora", "out_splits"))
+    plain |= {"kind": "Linear", "fingerprint": mark_alone(layer.fingerprint)}
     if layer.kind == "MergedLinear":
         mask = layer.enable_lora or ()
         if len(mask) != parts:
@@ -171,7 +172,8 @@ def _fused(name: str, own: str, found: Sequence[Layer | None]) -> Layer:
             f"{name}: the adapter has {', '.join(rows)} alone, so the rows of the others are unknown"
         )
     B = torch.cat([layer.lora_B for layer in there])
-    first = replace(there[0], fingerprint=None)
+    loftq = next((x.fingerprint for x in there if is_loftq(x.fingerprint)), None)
+    first = replace(there[0], fingerprint=mark_alone(loftq))
     if first.magnitude is not None and None in found:
         raise AdapterError(f"{name}: DoRA's magnitudes of the parts without an update are unknown")
     vectors = {

@@ -21,11 +21,11 @@ def unfit(name: str, layer: Layer, base: Mapping[str, nn.Module]) -> str | None:
         return stranger(name, base)
     try:
         kind = layer_type(module)
-    except TypeError as error:
+        shape = tuple(matrix(module).shape)
+    except (TypeError, ValueError) as error:
         return f"misfit: {name}: {error}"
     if not issubclass(CLASSES[layer.kind], kind):
         return f"misfit: {name} is a {type(module).__name__}, the update is a {layer.kind}'s"
-    shape = tuple(matrix(module).shape)
     if shape[:2] != layer.shape:
         return f"misshapen: {name} is {shape}, the update is for {layer.shape}"
     if layer.kind.startswith("Conv") and not is_pointwise(module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._base import LoRALayer
 from ..patch import build_all, check_patchable, install, unchanged_on_error
+from ..quantized import is_quantized
 from ..sharded import assign, is_sharded, reshard, row_order
 from ..switch import (
     DEFAULT,
@@ -29,7 +30,8 @@ from ..switch import (
     name_adapter,
     refuse_data_parallel,
 )
-from . import files, peft_format
+from ..variants import begins_as
+from . import files, fingerprint, peft_format
 from .contents import Adapter, AdapterError, Layer, listed
 from .fit import misshapen
 from .plan import Plan, base_modules, into_layers, into_modules, registry_of, tensor_of
@@ -168,6 +170,9 @@ def _carry_out(
             install(model, new, adapter.bias)
         for path, own, value in plan.values:
             _set_value(model.get_submodule(path), own, value)
+        for name, module in active_modules(model).items() if not new else ():
+            if name in plan.loaded and isinstance(module, LoRALayer):
+                _say_loftq(module, adapter.layers[name])
         if new and further:
             add_adapter(model, name, new, targets | full)
         elif new:
@@ -273,10 +278,9 @@ def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dt
         module, r, layer.lora_alpha, merge_weights=merge_weights, lora_dtype=dtype, **options
     )
     new.scaling = layer.scaling
-    if (
-        layer.frozen_rank
-    ):  # said afterwards, since its singular values would be computed for nothing
+    if layer.frozen_rank:  # said afterwards: its singular values would be computed for nothing
         new.variant = {**new.variant, "init_lora_weights": "pissa"}
+    _say_loftq(new, layer)
     place = torch.device("cpu") if new.lora_A.is_meta else new.lora_A.device
     for own, value in layer.parameters().items():
         trained = not new.is_frozen(own)
@@ -284,6 +288,18 @@ def _built(layer: Layer, module: nn.Module, merge_weights: bool, dtype: torch.dt
         kept = torch.promote_types(dtype, value.dtype) if own == "lora_magnitude" else dtype
         new._parameters[own] = nn.Parameter(value.to(place, kept, copy=True), trained)
     return new
+
+
+def _say_loftq(module: LoRALayer, layer: Layer) -> None:
+    """Let `module` know whether its update began as what quantising lost, if the file says so."""
+    if layer.fingerprint is None or not is_quantized(module.weight):
+        return
+    variant = module.variant.copy()
+    if begins_as(variant, "loftq"):
+        del variant["init_lora_weights"]
+    if fingerprint.is_loftq(layer.fingerprint):
+        variant["init_lora_weights"] = "loftq"
+    module.variant = variant
 
 
 def _variant(layer: Layer) -> dict[str, Any]:

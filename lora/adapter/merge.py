@@ -10,6 +10,13 @@ convolution. Biases and modules that were trained in full take the place of the 
 tensor keeps its bytes. Shards, their order and the index stay as they are, and so do configuration,
 tokenizer and other files that are no weights.
 
+With `dequantize`, a dtype, every 4-bit weight of the base becomes a dense one of it, merged or not:
+
+    merged = round(dequantised weight + scaling · update)
+
+and so does a dense weight whose update was trained on four bits: it is quantised, then dequantised.
+Such weights are in memory whole, one at a time; config.json and the index say what was done.
+
 It builds no model. What it writes appears whole or not at all.
 """
 
@@ -28,6 +35,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..kernels.nf4_tensor import DTYPES as QUANTIZABLE
+from ..kernels.nf4_tensor import NF4Tensor
 from .check import (
     check_copy,
     check_dtype,
@@ -41,6 +50,7 @@ from .check import (
 from .checkpoint import INDEX, Checkpoint, Stored
 from .contents import DTYPES, Adapter, AdapterError, Layer
 from .files import new_folder
+from .fingerprint import is_loftq, is_nf4, loftq_alone
 from .merge_report import LayerError, MergeReport
 
 Progress = Callable[[int, int], None]  # gets how many are done, and how many there are
@@ -57,21 +67,31 @@ def merge_checkpoint(
     adapter: Adapter,
     out: str | Path,
     *,
+    dequantize: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write to the new folder `out` the checkpoint in the folder `base` with `adapter` merged in.
 
+    An adapter that was trained on 4-bit weights is merged into the original base, the recipe's way,
+    and the report says how far that is from the weights of the training. Or into those weights, with
+    `dequantize`.
+
     Args:
+        dequantize: the dtype of the weights that were of 4 bits, for a base that has such; all other
+            tensors keep theirs. With a dense base, those weights that the adapter was trained on in 4
+            bits are quantised first, as in training, and other linear layers stay as they are, since
+            nothing says whether they were quantised: right for a LoftQ adapter, which holds what
+            quantising lost and is refused without.
         progress: called after every tensor with how many are done, and how many there are.
 
     Raises AdapterError, before anything is written, if the two do not fit, if the base is not the one
-    of the training, or if `out` is taken; later, if a merged value is not finite. OSError if the disk
-    is full. `out` is then as it was.
+    of the training, if it has 4-bit weights and `dequantize` is None, or if `out` is taken; later, if a
+    merged value is not finite. OSError if the disk is full. `out` is then as it was.
     """
     source, target = Checkpoint(base), Path(out).resolve()
     _check_target(source.folder.resolve(), target)
-    merge = _Merge(source, adapter)
-    names = count_up(len(source.stored), progress)
+    merge = _Merge(source, adapter, dequantize)
+    names = count_up(len(merge.planned), progress)
 
     def tensor_bytes(name: str) -> Iterator[memoryview]:
         yield from merge.blocks(name)
@@ -80,13 +100,18 @@ def merge_checkpoint(
     try:
         with new_folder(target) as folder:
             for shard, own in source.shards.items():
-                stored = {name: source.stored[name] for name in own}
-                _write_shard(folder / shard, stored, tensor_bytes)
-            if source.sharded:
-                _copy(source.folder / INDEX, folder / INDEX)
+                planned = {
+                    n: stored for n, stored in merge.planned.items() if stored.shard == shard
+                }
+                if planned or not own:  # else it had nothing but parts of 4-bit weights
+                    _write_shard(folder / shard, planned, tensor_bytes)
             copied = tuple(_carried(source.folder))
-            for path in copied:
-                _copy(source.folder / path, folder / path)
+            written = {} if dequantize is None else _rewritten(source, merge.planned, dequantize)
+            for path in (*copied, *([INDEX] if source.sharded else [])):
+                if path in written:
+                    _write(folder / path, written[path])
+                else:
+                    _copy(source.folder / path, folder / path)
     except OSError as error:
         reason = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
@@ -102,9 +127,11 @@ def rehearse(
 ) -> MergeReport:
     """All that `merge_checkpoint` does, but for writing: every check, and every layer's rounding.
 
-    The report counts no files. Raises AdapterError where `merge_checkpoint` would.
+    A base with 4-bit weights is dequantised, to the dtype that it has said of the first of them. The
+    report counts no files. Raises AdapterError where `merge_checkpoint` would.
     """
-    merge = _Merge(base, adapter)
+    dequantize = next((weight.dtype for weight in base.quantized.values()), None)
+    merge = _Merge(base, adapter, dequantize)
     names = [*merge.weights, *merge.replaced]
     steps = count_up(len(names), progress)
     for name in names:
@@ -128,7 +155,7 @@ def count_up(total: int, progress: Progress | None) -> Iterator[None]:
 class _Merge:
     """The tensors of the merged checkpoint, as blocks of bytes; made only if the adapter fits."""
 
-    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+    def __init__(self, base: Checkpoint, adapter: Adapter, dequantize: torch.dtype | None) -> None:
         self.base = base
         self.weights = {f"{name}.weight": name for name in adapter.layers}
         self.layers = adapter.layers
@@ -139,6 +166,8 @@ class _Merge:
                 f"{name!r} has a low-rank update and was trained in full too: expected one of "
                 "them; take it from modules_to_save or from the layers"
             )
+        self.on_nf4 = {key for key, n in self.weights.items() if is_nf4(self.layers[n].fingerprint)}
+        self._check_dequantize(dequantize)
         check_ties(base, [*self.weights, *self.replaced])
         copies = [(stored_name(base, name), copy) for name, copy in adapter.copies.items()]
         shapes = [(name, weight_shape(self.layers[of])) for name, of in self.weights.items()]
@@ -151,13 +180,47 @@ class _Merge:
         for name, copy in copies:
             check_copy(base, name, copy)
         self.verdict = compare_base(base, adapter)
+        dense = {*base.quantized, *(self.on_nf4 if dequantize is not None else ())}
+        self.requantized = dense - base.quantized.keys()
+        self.planned = {name: base.stored[name] for name in base.names}
+        if dequantize is not None:
+            for name in dense:
+                shard, shape = base.stored[name].shard, base.shape(name)
+                self.planned[name] = Stored.planned(shard, dequantize, shape)
+            largest_first = sorted(self.planned.items(), key=lambda item: -item[1].itemsize)
+            self.planned = dict(largest_first)  # so that every tensor is aligned
+
+    def _check_dequantize(self, dtype: torch.dtype | None) -> None:
+        first = next(iter(self.base.quantized), None)
+        if dtype is not None and dtype not in DTYPES:
+            raise AdapterError(
+                f"dequantize={dtype}: expected one of {', '.join(map(str, DTYPES))}, or None"
+            )
+        if first is not None and dtype is None:
+            raise AdapterError(
+                f"{self.base.folder} has {len(self.base.quantized)} weights of 4 bits, the first is "
+                f"{first!r}: an update would be lost in them; pass dequantize=torch.bfloat16 (lora "
+                "merge --dequantize bfloat16) for a dense checkpoint, or give the original base, "
+                "which this one was quantised from"
+            )
+        if first is None and dtype is not None and not self.on_nf4:
+            raise AdapterError(
+                f"dequantize={dtype}: {self.base.folder} has no weights of 4 bits, and the adapter was "
+                "not trained on such: leave it out"
+            )
+        for key, name in self.weights.items():
+            dense = not self.base.is_quantized(key) and dtype is None
+            if dense and is_loftq(self.layers[name].fingerprint):
+                raise AdapterError(
+                    f"{loftq_alone(name)}; pass dequantize=torch.bfloat16 (lora merge --dequantize "
+                    "bfloat16), which quantises the weights as in training and merges into those"
+                )
 
     def report(self, copied: tuple[str, ...]) -> MergeReport:
-        stored = self.base.stored
         return MergeReport(
             {name: self.errors[name] for name in self.layers},
-            len(stored),
-            sum(tensor.nbytes for tensor in stored.values()),
+            len(self.planned),
+            sum(tensor.nbytes for tensor in self.planned.values()),
             copied,
             self.verdict,
         )
@@ -167,11 +230,17 @@ class _Merge:
         if name in self.weights:
             yield from self._merged(name)
         elif name in self.replaced:
-            dtype, value = self.base.dtype(name), self.replaced[name].detach()
+            dtype, value = self.planned[name].torch_dtype, self.replaced[name].detach()
             for rows in row_blocks(tuple(value.shape)):
                 given = value[rows].cpu() if value.ndim else value.cpu()
                 block = given if given.dtype == dtype else _rounded(given.double(), dtype)
                 _check_finite(name, block, given)
+                yield _bytes(block)
+        elif self.base.is_quantized(name):
+            frozen, dtype = self.base.nf4(name).dequantize(), self.planned[name].torch_dtype
+            for rows in row_blocks(tuple(frozen.shape)):
+                block = frozen[rows].to(dtype)
+                _check_finite(name, block, frozen[rows])
                 yield _bytes(block)
         else:
             nbytes = self.base.stored[name].nbytes
@@ -181,12 +250,13 @@ class _Merge:
     def _merged(self, name: str) -> Iterator[memoryview]:
         layer = self.layers[self.weights[name]]
         left, right = _factors(layer)
-        shape, dtype = self.base.shape(name), self.base.dtype(name)
-        row_scale = self._row_scale(name, layer, left, right)
+        shape, dtype = self.base.shape(name), self.planned[name].torch_dtype
+        weight_rows, distance = self._frozen(name)
+        row_scale = self._row_scale(name, layer, left, right, weight_rows)
         update_square = error_square = largest = 0.0
         changed = 0
         for rows in row_blocks(shape):
-            weight = self.base.rows(name, rows.start, rows.stop)
+            weight = weight_rows(rows)
             update = (left[rows] @ right).mul_(layer.scaling).reshape(weight.shape)
             exact = update + weight
             if row_scale is not None:
@@ -205,15 +275,42 @@ class _Merge:
             math.sqrt(error_square),
             largest,
             changed / max(math.prod(shape), 1),
+            distance,
         )
 
-    def _row_scale(self, name: str, layer: Layer, left: Tensor, right: Tensor) -> Tensor | None:
+    def _frozen(self, name: str) -> tuple[Callable[[slice], Tensor], float]:
+        """Rows of the weight that is merged into, and its distance from that of the training."""
+        if self.base.is_quantized(name):
+            dequantized = self.base.nf4(name).dequantize()
+            return dequantized.__getitem__, 0.0
+        if name not in self.on_nf4:
+            return lambda rows: self.base.rows(name, rows.start, rows.stop), 0.0
+        original = self.base.rows(name, 0, self.base.shape(name)[0])
+        narrow = original if original.dtype in QUANTIZABLE else original.float()
+        try:
+            trained = NF4Tensor.quantize(narrow).dequantize()
+        except ValueError as error:
+            raise AdapterError(f"{name!r} of {self.base.folder}: {error}") from error
+        if name in self.requantized:
+            return trained.__getitem__, 0.0
+        blocks = row_blocks(tuple(original.shape))
+        squares = [(original[rows].double() - trained[rows]).square_().sum() for rows in blocks]
+        return original.__getitem__, math.sqrt(sum(map(float, squares)))
+
+    def _row_scale(
+        self,
+        name: str,
+        layer: Layer,
+        left: Tensor,
+        right: Tensor,
+        weight_rows: Callable[[slice], Tensor],
+    ) -> Tensor | None:
         """DoRA's magnitude / ‖weight + update‖ (out,), in a pass of its own over the weight."""
         if layer.magnitude is None:
             return None
         squares = torch.zeros(layer.shape[0], dtype=torch.float64)
         for rows in row_blocks(self.base.shape(name)):
-            weight = self.base.rows(name, rows.start, rows.stop)
+            weight = weight_rows(rows)
             square = (left[rows] @ right).mul_(layer.scaling).add_(weight).square_()
             if layer.transposed:
                 squares += square.sum(0)
@@ -297,6 +394,25 @@ def _write_shard(
             for block in tensor_bytes(name):
                 file.write(block)
         assert file.tell() == 8 + len(text) + begin
+        _to_disk(file)
+
+
+def _rewritten(
+    base: Checkpoint, planned: Mapping[str, Stored], dtype: torch.dtype
+) -> dict[str, dict[str, object]]:
+    """The JSON files that say what the dequantised checkpoint is."""
+    config = {key: said for key, said in base.config.items() if key != "quantization_config"}
+    config["dtype" if "torch_dtype" not in config else "torch_dtype"] = str(dtype)[6:]
+    metadata: dict[str, object] = {"total_size": sum(t.nbytes for t in planned.values())}
+    if "total_parameters" in base.index.get("metadata", {}):
+        metadata["total_parameters"] = sum(math.prod(t.shape) for t in planned.values())
+    weight_map = {name: tensor.shard for name, tensor in planned.items()}
+    return {"config.json": config, INDEX: {"metadata": metadata, "weight_map": weight_map}}
+
+
+def _write(path: Path, contents: Mapping[str, object]) -> None:
+    with path.open("xb") as file:
+        file.write((json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
         _to_disk(file)
 
 

@@ -16,17 +16,24 @@ class LayerError:
         update_norm: of the dense update.
         error_norm, max_error: of the rounded merged weight minus the exact sum in float64.
         changed: share of the elements that differ from the base's.
+        distance: of the base's weight from the 4-bit one of the training, where that was another.
     """
 
     update_norm: float
     error_norm: float
     max_error: float
     changed: float
+    distance: float = 0.0
 
     @property
     def relative(self) -> float:
         """How much of the update was lost in rounding."""
         return self.error_norm / self.update_norm if self.update_norm else 0.0
+
+    @property
+    def relative_distance(self) -> float:
+        """How far the weights of the base and of the training are apart, in updates."""
+        return self.distance / self.update_norm if self.update_norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,11 @@ class MergeReport:
 
     def __str__(self) -> str:
         worst = sorted(self.layers.items(), key=lambda item: -item[1].relative)
-        cells = [("layer", "|update|", "|rounding|", "relative", "largest", "changed")] + [
+        moved = any(error.distance for error in self.layers.values())
+        cells = [
+            ("layer", "|update|", "|rounding|", "relative", "largest", "changed")
+            + (("change of base",) if moved else ())
+        ] + [
             (
                 name,
                 f"{error.update_norm:.4g}",
@@ -56,6 +67,7 @@ class MergeReport:
                 f"{error.relative:.2e}",
                 f"{error.max_error:.2e}",
                 f"{error.changed:.2%}",
+                *([f"{error.relative_distance:.2e}"] if moved else []),
             )
             for name, error in worst
         ]
@@ -63,4 +75,7 @@ class MergeReport:
             f"{len(self.layers)} layers; {self.tensors:,} tensors, {self.bytes:,} bytes; "
             f"{len(self.copied_files)} other files"
         )
-        return "\n".join([*aligned(cells), total, f"frozen weights: {self.base}"])
+        lines = [*aligned(cells), total, f"frozen weights: {self.base}"]
+        if moved:
+            lines.append("change of base: from the 4-bit weights of the training, in updates")
+        return "\n".join(lines)

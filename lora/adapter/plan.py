@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..full import is_full
+from ..quantized import is_quantized
 from ..sharded import row_order, whole
 from ..state import bias_mode, is_bias
 from ..switch import BIAS_MODE, adapter_names, adapters_of, with_base
@@ -265,12 +266,19 @@ def _check_copies(plan: Plan, model: nn.Module, adapter: Adapter) -> None:
 
 def _compare_bases(plan: Plan, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Whether the frozen weights of `modules` are those of the training."""
-    then = {n: x.fingerprint for n, x in adapter.layers.items() if n in modules}
+    there = modules.keys() - plan.problems.keys()
+    then = {n: x.fingerprint for n, x in adapter.layers.items() if n in there}
+    weights = {n: matrix(modules[n]) for n, known in then.items() if known}
     now = {
-        n: fingerprint.fingerprint(matrix(modules[n]), row_order(modules[n], "weight"))
-        for n, known in then.items()
-        if known
+        n: fingerprint.of_base(then[n] or "", weight, row_order(modules[n], "weight"))
+        for n, weight in weights.items()
     }
+    dense = [n for n in weights if fingerprint.is_loftq(then[n]) and not is_quantized(weights[n])]
     plan.base, problem = fingerprint.compare(then, now, adapter.base)
+    if problem is None and dense:
+        problem = (
+            f"{fingerprint.loftq_alone(dense[0])}: quantise the base first (lora.patch with "
+            "quantize='nf4'), or load it in 4 bits"
+        )
     if problem is not None:
         plan.problems["base"] = problem

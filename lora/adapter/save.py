@@ -17,6 +17,7 @@ from ..embedding import Embedding
 from ..full import full_modules
 from ..linear import Linear, is_transformers_conv1d
 from ..merged_linear import MergedLinear
+from ..quantized import adoptable
 from ..sharded import (
     all_or_none,
     foreign,
@@ -31,8 +32,9 @@ from ..sharded import (
 )
 from ..state import adapter_parameters, bias_mode
 from ..switch import adapter_names, adapters_of, inner_model
+from ..variants import begins_as
 from .contents import Adapter, AdapterError, Layer
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, marked_loftq
 from .storage import write_adapter
 
 CLASSES: dict[str, type[LoRALayer]] = {
@@ -189,6 +191,7 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         parts = {"enable_lora": tuple(layer.enable_lora), "out_splits": tuple(layer.out_splits)}
     one = layer.in_one_process(weight=False) if layer.is_sharded else layer
     A, B = (factor.detach() for factor in one.factors())
+    base = fingerprint(matrix(layer), row_order(layer, "weight"))
     return Layer(
         kind=kind,
         lora_A=A,
@@ -197,7 +200,7 @@ def _described(name: str, layer: LoRALayer) -> Layer:
         scaling=layer.scaling,
         lora_dropout=float(getattr(layer.lora_dropout, "p", 0.0)),
         transposed=_stands_for_conv1d(layer),
-        fingerprint=fingerprint(matrix(layer), row_order(layer, "weight")),
+        fingerprint=marked_loftq(base) if begins_as(layer.variant, "loftq") else base,
         frozen_rank=B.shape[1] - layer.r,
         use_lorafa="use_lorafa" in layer.variant,
         **_vectors(layer),
@@ -236,8 +239,11 @@ def is_pointwise(layer: nn.Module) -> bool:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The module's weight as (out, in), as stored if it has other dimensions."""
-    weight = module.weight
+    """The module's weight as (out, in), as stored if it has other dimensions.
+
+    bitsandbytes' 4-bit weight as ours; ValueError if it is of another kind.
+    """
+    weight = adoptable(module).weight
     assert isinstance(weight, Tensor)
     transposed = is_transformers_conv1d(module) or getattr(module, "fan_in_fan_out", False)
     return weight.t() if transposed else weight
