@@ -1,16 +1,22 @@
-"""Two published schedules of a LoRA layer, written here in PyTorch operations to be measured against.
+"""What is measured against and is no layer of PEFT's or loralib's as it stands.
+
+Two published schedules of a LoRA layer, written here in PyTorch operations:
 
     Unsloth     y = x Wᵀ,  y += s (x Aᵀ) Bᵀ           keeps x, makes x Aᵀ again; no dropout
     LoRAFusion  S = x̂ Aᵀ,  y = x Wᵀ,  y += s S Bᵀ     keeps x̂ = dropout(x), its mask and S
 
 LoRAFusion (arXiv 2510.00206) runs both products of y, and of dX, in one Triton kernel each; here they
 are two cuBLAS products, so only its order of work and what it keeps are compared.
+
+And PEFT on bitsandbytes' 4-bit layer, on the very codes that our own layer has.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import lora
 
 
 class UnslothSchedule(torch.autograd.Function):
@@ -72,3 +78,18 @@ class BaselineLinear(nn.Module):
         factors = (self.weight, self.lora_A, self.lora_B)
         y = self.schedule.apply(x.reshape(-1, x.shape[-1]), *factors, self.scaling, self.p)
         return y.view(*x.shape[:-1], -1)
+
+
+def linear4bit(layer: lora.LinearNF4) -> nn.Module:
+    """bitsandbytes' layer with the codes and scales of ours; it computes in the weight's dtype."""
+    import bitsandbytes
+
+    parts = {k.removeprefix("weight."): v for k, v in layer.state_dict().items()}
+    sizes = (layer.in_features, layer.out_features)
+    made = bitsandbytes.nn.Linear4bit(
+        *sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta"
+    )
+    made.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        parts.pop("weight"), parts, device=layer.weight.device, module=made
+    )
+    return made

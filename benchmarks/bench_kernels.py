@@ -4,15 +4,19 @@
     expand        y = α S Bᵀ                                 writes y           M N
     factor_grads  dS = dY B, dB = α dYᵀ S                    reads dY           M N
     input_grads   dX = α m ∘ (dS A), dA = α dSᵀ (m ∘ x)      reads x, writes dX  2 M K
+    quantize      codes and absmax of W in blocks of 64      reads W, writes 4.5 bits a weight
+    dequantize    W of codes and nested absmax               reads 4.127 bits a weight, writes W
 
 GB/s are those bytes over the time; what else a kernel moves (factors, S, slabs) is its own loss. The
 provider "torch" is the same formula in PyTorch's operations, with the mask drawn beforehand. A CPU has
-that alone: there Triton has an interpreter, which is never timed.
+that alone: there Triton has an interpreter, which is never timed. bitsandbytes' functions for the last
+two run beside them where it is installed.
 
     python benchmarks/bench_kernels.py --device cuda [--csv FILE]
 """
 
 import argparse
+import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
@@ -21,8 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import lora
+from lora.kernels import nf4
 from lora.kernels.dropout import drop_level, keep, seeded_keep_bits
 
+import baselines
 from harness import (
     DTYPES,
     LAYERS,
@@ -35,6 +42,7 @@ from harness import (
 )
 
 SEED, ALPHA = 7, 2.0
+SETTING = {"tokens": 7, "rank": 5, "p": 6}  # columns, and how wide they are printed
 Run = Callable[[], tuple[Tensor, ...]]
 
 
@@ -129,11 +137,100 @@ def bench(
     return rows, wrong
 
 
+def quantized_in_torch(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, two a byte; absmax) of whole blocks, all of them at once."""
+    blocks = w.float().view(-1, nf4.BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp(min=nf4.SMALLEST))[:, None]
+    codes = torch.bucketize(scaled.view(-1), nf4.bounds(w.device), out_int32=True).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+def dequantized_in_torch(parts: nf4.NF4, dtype: torch.dtype) -> Tensor:
+    codes = torch.stack([parts.packed >> 4, parts.packed & 15], 1).int()
+    values = nf4.levels(codes.device)[codes].view(-1, nf4.BLOCK) * nf4.scales(parts)[:, None]
+    return values.view(-1).to(dtype)
+
+
+def nf4_runs(weight: Tensor, device: str) -> dict[str, dict[str, Run]]:
+    """{"quantize": {provider: run}, "dequantize": ...}, of the same codes."""
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    quantized = lora.LinearNF4.from_module(layer)
+    parts, flat = quantized.weight.parts, weight.view(-1)
+    runs: dict[str, dict[str, Run]] = {
+        "quantize": {"torch": lambda: quantized_in_torch(flat)},
+        "dequantize": {"torch": lambda: (dequantized_in_torch(parts, weight.dtype),)},
+    }
+    if device == "cuda":
+        from lora.kernels.triton_nf4 import dequantize_blocks, quantize_blocks
+
+        packed, out = torch.empty_like(parts.packed), torch.empty_like(flat)
+        absmax = torch.empty(len(parts.absmax), device=device)
+
+        def quantize() -> tuple[Tensor, Tensor]:
+            quantize_blocks(flat, packed, absmax)
+            return packed, absmax
+
+        def dequantize() -> tuple[Tensor]:
+            dequantize_blocks(parts, out)
+            return (out,)
+
+        runs["quantize"]["triton"], runs["dequantize"]["triton"] = quantize, dequantize
+    if importlib.util.find_spec("bitsandbytes"):
+        from bitsandbytes import functional
+
+        held = baselines.linear4bit(quantized).weight
+
+        def theirs() -> tuple[Tensor, Tensor]:
+            codes, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=nf4.BLOCK)
+            return codes.view(-1), state.absmax
+
+        runs["quantize"]["bitsandbytes"] = theirs
+        runs["dequantize"]["bitsandbytes"] = lambda: (
+            functional.dequantize_4bit(held.data, held.quant_state).view(-1),
+        )
+    return runs
+
+
+def bench_nf4(
+    layer: str, k: int, n: int, dtype: str, device: str, rounds: int
+) -> tuple[list[dict], list[str]]:
+    """As `bench`, of a frozen weight (n, k)."""
+    weight = torch.randn(n, k, dtype=DTYPES[dtype], device=device)
+    dense, codes, blocks = weight.nbytes, n * k // 2, n * k // nf4.BLOCK
+    sizes = {"quantize": dense + codes + 4 * blocks, "dequantize": dense + codes + blocks}
+    roof = roofline(device, DTYPES[dtype])[0]
+    cells = {"bench": "kernels nf4", "in": k, "out": n, "parts": 1, "dtype": dtype}
+    rows, wrong = [], []
+    for kernel, runs in nf4_runs(weight, device).items():
+        wanted, steps = runs["torch"](), {}
+        for provider, run in runs.items():
+            off = "; ".join(filter(None, map(different, run(), wanted)))
+            if off:
+                wrong.append(f"{layer}: {provider} {kernel}: {off}")
+            else:
+                steps[provider] = run
+        del wanted
+        for provider, times in paired_times(steps, rounds, device).items():
+            rates = rate_cells(times, sizes[kernel], "gb_per_s", roof)
+            named = {"layer": f"{layer} {kernel}", "provider": provider, "pass": "forward"}
+            rows.append({**cells, **named, **time_cells(times), **rates})
+    return rows, wrong
+
+
+def different(got: Tensor, want: Tensor) -> str:
+    """Empty if all bits are the same."""
+    count = int((got != want).sum())
+    return f"{count} of {want.numel()} elements differ" if count else ""
+
+
 def show(rows: list[dict]) -> None:
     for row in rows:
+        setting = "".join(f"{row.get(name, ''):>{width}}" for name, width in SETTING.items())
         print(
-            f"{row['layer']:26}{row['tokens']:>7}{row['rank']:>5}{row['p']:>6}  "
-            f"{row['provider']:8}{row['ms_p50']:>10.4f} ms{row['gb_per_s']:>9.0f} GB/s, "
+            f"{row['layer']:26}{setting}  "
+            f"{row['provider']:13}{row['ms_p50']:>10.4f} ms{row['gb_per_s']:>9.1f} GB/s, "
             f"{row['of_roofline']:.2f} of a copy"
         )
 
@@ -152,11 +249,18 @@ def main() -> None:
     args.tokens = args.tokens or ([512] if args.quick else [8192, 512, 2048, 16384, 65536])
     args.ranks = args.ranks or ([16, 64] if args.quick else [16, 64, 8, 32, 128])
     rows, wrong = [], []
+    rounds = 2 if args.quick else 10
+    for layer, sizes in LAYERS.items():
+        torch.manual_seed(0)
+        k, n = (size // args.shrink for size in sizes)
+        more, off = bench_nf4(layer, k, n, args.dtype, args.device, rounds)
+        show(more)
+        rows += more
+        wrong += off
     settings = itertools.product(args.tokens, args.ranks, LAYERS.items(), args.p)
     for m, r, (layer, sizes), p in settings:
         torch.manual_seed(0)
         k, n = (size // args.shrink for size in sizes)
-        rounds = 2 if args.quick else 10
         more, off = bench(layer, m, k, n, r, p, args.dtype, args.device, rounds)
         show(more)
         rows += more

@@ -5,6 +5,9 @@ several, as a merged one. Every provider is checked against the formula in fp32 
 every round, in turn; a ratio is the median over the rounds of a provider's time over the frozen
 layer's in the same round. TFLOP/s count the frozen products alone, whatever the provider adds.
 
+The providers that end in -nf4 have a weight of 4 bits, all the same codes, and the formula's weight is
+theirs: frozen-nf4 is that layer without an adapter, the floor of the others.
+
     python benchmarks/bench_layers.py [--quick] [--device cpu] [--csv FILE]
 """
 
@@ -53,7 +56,8 @@ MODELS: dict[str, dict[str, tuple[int, Splits]]] = {
 }
 SCALING = 2.0
 CHECKED_TOKENS = {"cpu": 32, "cuda": 8192}  # at most; the check is not what takes the time
-ON_CPU = ("lora", "loralib", "peft")
+ON_NF4 = ("frozen-nf4", "lora-nf4", "peft-bitsandbytes-nf4")
+ON_CPU = ("lora", "loralib", "peft", *ON_NF4)
 
 
 def _ours(base: nn.Linear, r: int, p: float, splits: Splits) -> nn.Module:
@@ -80,8 +84,11 @@ def _peft(base: nn.Linear, r: int, p: float, splits: Splits) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=p, target_modules=["0"])
-    model = peft.inject_adapter_in_model(config, nn.Sequential(base))
-    return model[0].to(base.weight.dtype)
+    model = nn.Sequential(base)
+    if isinstance(base, lora.LinearNF4):
+        model = nn.Sequential(baselines.linear4bit(base))
+        model.is_loaded_in_4bit = True  # which PEFT asks of a model before it looks at the layer
+    return peft.inject_adapter_in_model(config, model)[0].to(base.weight.dtype)
 
 
 def _peft_compiled(*arguments: Any) -> nn.Module:
@@ -93,6 +100,10 @@ def _schedule(name: str, base: nn.Linear, r: int, p: float, splits: Splits) -> n
     return baselines.BaselineLinear(base, r, SCALING, p, getattr(baselines, name))
 
 
+def _frozen(base: nn.Linear, *options: Any) -> nn.Module:
+    return base
+
+
 PROVIDERS: dict[str, Callable[..., nn.Module]] = {
     "lora": _ours,
     "loralib": _loralib,
@@ -100,15 +111,18 @@ PROVIDERS: dict[str, Callable[..., nn.Module]] = {
     "peft-compiled": _peft_compiled,
     "unsloth-schedule": functools.partial(_schedule, "UnslothSchedule"),
     "lorafusion-schedule": functools.partial(_schedule, "LoRAFusionSchedule"),
+    "frozen-nf4": _frozen,
+    "lora-nf4": _ours,
+    "peft-bitsandbytes-nf4": _peft,
 }
 
 
 def can_run(provider: str, p: float, splits: Splits) -> bool:
     """Ours runs everything; loralib has parts of one size, the others have none."""
-    if provider == "lora":
+    if provider in ("lora", "lora-nf4", "frozen-nf4"):
         return True
-    package = provider.partition("-")[0]
-    if package in ("loralib", "peft") and not importlib.util.find_spec(package):
+    packages = {"loralib", "peft", "bitsandbytes"}.intersection(provider.split("-"))
+    if not all(map(importlib.util.find_spec, packages)):
         return False
     if provider == "unsloth-schedule" and p > 0:
         return False
@@ -126,16 +140,18 @@ def check(layer: nn.Module, base: nn.Linear, tokens: int, p: float, splits: Spli
     x = torch.randn(tokens, base.in_features, **options).requires_grad_()
     grad, weight = torch.randn(tokens, base.out_features, **options), base.weight.float()
     named = list(layer.named_parameters())
-    A, B = (next(q for name, q in named if factor in name) for factor in ("lora_A", "lora_B"))
+    factors = [q for factor in ("lora_A", "lora_B") for name, q in named if factor in name]
     y = layer(x)
-    got = (y, *torch.autograd.grad(y, (x, A, B), grad))
-    scatter = 1.5 * (1 + 4 / (tokens * len(A)) ** 0.5) * (p / (1 - p)) ** 0.5
-    wide = [t.detach().float().requires_grad_() for t in (x, A, B)]
-    y = reference.lora_linear(wide[0], weight, None, *wide[1:], SCALING, splits=splits)
-    want = (y, *torch.autograd.grad(y, wide, grad.float()))
+    got = (y, *torch.autograd.grad(y, (x, *factors), grad))
     frozen = (F.linear(x.detach().float(), weight), grad.float() @ weight, 0, 0)
+    want, scatter = frozen[:2], 0.0
+    if factors:
+        scatter = 1.5 * (1 + 4 / (tokens * len(factors[0])) ** 0.5) * (p / (1 - p)) ** 0.5
+        wide = [t.detach().float().requires_grad_() for t in (x, *factors)]
+        y = reference.lora_linear(wide[0], weight, None, *wide[1:], SCALING, splits=splits)
+        want = (y, *torch.autograd.grad(y, wide, grad.float()))
     found = []
-    for name, mine, right, without in zip(("y", "dX", "dA", "dB"), got, want, frozen, strict=True):
+    for name, mine, right, without in zip(("y", "dX", "dA", "dB"), got, want, frozen, strict=False):
         right = right.detach()
         off = off_by(mine, right, scatter * float((right - without).norm() / right.norm()))
         found += [f"{name} is {off}"] if off else []
@@ -173,15 +189,20 @@ def build(
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """(the frozen layer and every provider that can run and is right; what is wrong)."""
     layers, wrong = {"frozen": base}, []
+    quantized = dense = base
+    if set(ON_NF4) & set(names):
+        quantized = lora.LinearNF4.from_module(base)
+        dense = quantized.to_dense(quantized.weight.dequantize())
     for name in names:
         if not can_run(name, p, splits):
             continue
+        on, right = (quantized, dense) if name in ON_NF4 else (base, base)
         with torch.device(base.weight.device):
-            made = PROVIDERS[name](base, r, p, splits)
+            made = PROVIDERS[name](on, r, p, splits)
         for key, parameter in made.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(parameter, std=0.02)
-        off = check(made, base, tokens, p, splits)
+        off = check(made, right, tokens, p, splits)
         if off:
             wrong.append(f"{name}: {off}")
         else:
@@ -241,16 +262,16 @@ def table(rows: list[dict]) -> str:
         cells = {(row["layer"], row["provider"]): row for row in block}
         lines.append(f"\n{model} {dtype}, p = {p}, {kind}, {tokens} tokens, r = {r}, {of_pass}:")
         lines.append("time over frozen (kept for backward, in x)")
-        lines.append(f"{'':26}{'frozen ms':>10}" + "".join(f"{name:>20}" for name in names))
+        lines.append(f"{'':26}{'frozen ms':>10}" + "".join(f"{name:>22}" for name in names))
         for layer, ms in frozen.items():
             mine = [cells.get((layer, name)) for name in names]
             shown = (f"{c['over_frozen']:.3f} ({c['kept_in_x']:6.3f})" if c else "" for c in mine)
-            lines.append(f"{layer:26}{ms:>10.3f}" + "".join(f"{text:>20}" for text in shown))
+            lines.append(f"{layer:26}{ms:>10.3f}" + "".join(f"{text:>22}" for text in shown))
         sums = ""
         for name in names:
             mine = [cells.get((layer, name)) for layer in frozen]
             total = sum(c["over_frozen"] * frozen[c["layer"]] for c in mine if c)
-            sums += f"{total / sum(frozen.values()):>11.3f}{'':9}" if all(mine) else f"{'':20}"
+            sums += f"{total / sum(frozen.values()):>13.3f}{'':9}" if all(mine) else f"{'':22}"
         lines.append(f"{'sum':26}{sum(frozen.values()):>10.3f}{sums}")
     return "\n".join(lines)
 

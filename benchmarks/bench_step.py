@@ -9,6 +9,7 @@ The real architecture with random weights; on a CPU of four layers, with the siz
     optimizer     AdamW's other implementations; everywhere else it is the fused one
     variants      lora's variants and PEFT's DoRA
     sweep         2k to 32k tokens in one sequence, checkpointed; on a CPU one layer of one head
+    nf4           on frozen projections of 4 bits: alone, with lora, with PEFT on bitsandbytes' layer
 
 Every combination runs in a fresh process, so that its peak is its own and no compiler's or allocator's
 leavings help the next one. Measuring in pairs is therefore not possible: the machine may change between
@@ -16,8 +17,9 @@ two processes. So the floor runs again after the others of its group (whose rati
 of its runs), and the spread of its medians is printed: smaller differences say nothing.
 
 peak_mb is the most that is held during a step over what is held before it (weights, factors, moments):
-on CUDA by the allocator, on Linux by the process, on other systems empty. Checked first: before any
-step the update is zero, so the loss is the frozen model's.
+on CUDA by the allocator, on Linux by the process, on other systems empty. held_mb is the weights alone,
+as they are held. Checked first: before any step the update is zero, so the loss is the frozen model's,
+and near it if its weights are of 4 bits.
 
     python benchmarks/bench_step.py [--device cuda] [--quick] [--parts grid ...] [--csv FILE]
 """
@@ -27,6 +29,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
@@ -37,7 +40,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import PHI_3_MINI, paired_times, peak_mb, quantile, time_cells, write_csv
+from harness import (
+    PHI_3_MINI,
+    paired_times,
+    peak_mb,
+    quantile,
+    time_cells,
+    weights_mb,
+    write_csv,
+)
 
 R, LORA_ALPHA, DROPOUT = 16, 32, 0.05
 LOSS_BOUND = 1e-2  # of the frozen loss, in bf16
@@ -71,6 +82,10 @@ class Combination:
     optimizer: str = "fused"
     variant: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def quantized(self) -> bool:
+        return self.provider.endswith("-nf4")
+
     def cells(self) -> dict[str, Any]:
         """What a row says of it."""
         kind = ["step"] + ["compiled"] * self.compiled
@@ -83,7 +98,7 @@ class Combination:
             "layer": f"{size}, {self.layers} layers",
         }
         cells |= {"dtype": self.dtype, "tokens": self.batch * self.length, "pass": ", ".join(kind)}
-        cells |= {"p": DROPOUT, "rank": R} if self.provider != "frozen" else {}
+        cells |= {"p": DROPOUT, "rank": R} if not self.provider.startswith("frozen") else {}
         names = [v if isinstance(v, str) else name for name, v in self.variant.items()]
         return {**cells, "provider": " ".join([self.provider, *names])}
 
@@ -118,11 +133,24 @@ def build(c: Combination) -> nn.Module:
 
 def adapt(model: nn.Module, c: Combination) -> nn.Module:
     options = {"r": R, "lora_alpha": LORA_ALPHA, "lora_dropout": DROPOUT, **c.variant}
-    if c.provider == "lora":
+    provider, _, scheme = c.provider.rpartition("-") if c.quantized else (c.provider, "", None)
+    if provider == "lora":
         import lora
 
-        model = lora.patch_phi3(model, target_modules="all-linear", **options)
-    elif c.provider == "peft":
+        model = lora.patch_phi3(model, target_modules="all-linear", quantize=scheme, **options)
+    elif scheme:
+        import lora
+
+        lora.patch_phi3(model, target_modules="all-linear", r=1, lora_alpha=1, quantize=scheme)
+        model = lora.unpatch(model)
+    if provider == "peft-bitsandbytes":
+        import baselines
+
+        for name, module in list(model.named_modules()):
+            if isinstance(module, lora.LinearNF4):
+                model.set_submodule(name, baselines.linear4bit(module))
+        model.is_loaded_in_4bit = True  # which PEFT asks of a model before it looks at its layers
+    if provider.startswith("peft"):
         import peft
 
         targets = list(PHI_3_MINI)
@@ -143,6 +171,7 @@ def measure(c: Combination) -> dict[str, Any]:
     implementation = {} if c.optimizer == "for-loop" else {c.optimizer: True}
     implementation = implementation or {"fused": False, "foreach": False}
     optimizer = torch.optim.AdamW(trained, lr=1e-4, **implementation) if trained else None
+    torch.manual_seed(1)  # the same tokens, whatever the factors have drawn
     ids = torch.randint(3, 32064 // c.shrink, (c.batch, c.length), device=c.device)
     casts = c.dtype == "autocast"
     losses = []
@@ -170,7 +199,7 @@ def measure(c: Combination) -> dict[str, Any]:
 
     times = paired_times({c.provider: step}, c.rounds, c.device)[c.provider]
     peak = peak_mb(step, c.device) if c.device == "cuda" else host_peak_mb(step)
-    return {"times": times, "peak": peak, "loss": float(losses[0])}
+    return {"times": times, "peak": peak, "loss": float(losses[0]), "held": weights_mb(model)}
 
 
 def host_peak_mb(step: Callable[[], None]) -> float | str:
@@ -243,6 +272,16 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
         changes |= {} if on_gpu else {"layers": 1, "shrink": 32}
         for length in (2048, 4096, 8192, 16384, 32768) if on_gpu else (2048, 8192, 32768):
             yield three(dataclasses.replace(plain, length=length, **changes))[:3]
+    if "nf4" in args.parts:
+        names = ["frozen", "lora", "frozen-nf4", "lora-nf4", "peft-bitsandbytes-nf4", "frozen"]
+        if not importlib.util.find_spec("bitsandbytes"):
+            names.remove("peft-bitsandbytes-nf4")
+            print("peft-bitsandbytes-nf4: bitsandbytes is not installed, so it is not measured")
+        for how in args.checkpointing:
+            if how != "reentrant":
+                floor = dataclasses.replace(plain, part="nf4", checkpointing=how)
+                own = names[:-1] if args.quick else names
+                yield [dataclasses.replace(floor, provider=name) for name in own]
 
 
 def rows_of(done: list[tuple[Combination, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -252,6 +291,7 @@ def rows_of(done: list[tuple[Combination, dict[str, Any]]]) -> list[dict[str, An
     for c, measured in done:
         median = quantile(measured["times"], 0.5)
         row = {**c.cells(), **time_cells(measured["times"]), "peak_mb": measured["peak"]}
+        row["held_mb"] = measured["held"]
         row["over_frozen"] = round(median / floor, 4)
         row["tokens_per_s"] = round(c.batch * c.length / median, 1)
         rows.append(row)
@@ -262,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="bf16, two rounds, one floor a group")
-    parts = ("grid", "compile", "accumulation", "optimizer", "variants", "sweep")
+    parts = ("grid", "compile", "accumulation", "optimizer", "variants", "sweep", "nf4")
     parser.add_argument("--parts", nargs="+", choices=parts, help="default all, with --quick grid")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=CHECKPOINTING)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,7 +54,7 @@ def source_hash() -> str:
 def provenance(device: str) -> dict[str, str]:
     """The columns that say what was run, on what, with which versions."""
     versions = []
-    for name in ("torch", "triton", "loralib", "peft"):
+    for name in ("torch", "triton", "loralib", "peft", "bitsandbytes"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -149,19 +149,38 @@ def off_by(got: Tensor, want: Tensor, noise: float = 0.0) -> str:
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps after `forward`, each storage once, the parameters' left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    own = {storage.data_ptr() for p in parameters for storage in storages(p)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for storage in storages(tensor):
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = forward()
     del y
     return sum(kept.values())
+
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory of a tensor, or of the parts that it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.untyped_storage()]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name).untyped_storage() for name in names]
+
+
+def weights_mb(model: nn.Module) -> float:
+    """All weights as they are held: of 4 bits by their codes and scales, bitsandbytes' too."""
+    total = 0
+    for p in model.parameters():
+        total += sum(storage.nbytes() for storage in storages(p))
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            total += state.absmax.nbytes + state.state2.absmax.nbytes
+    return round(total / 1e6, 1)
 
 
 def peak_mb(

@@ -6,8 +6,10 @@ python benchmarks/readme_table.py --check   exit status 1 if results/ has rows o
 """
 
 import csv
+import math
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +23,11 @@ LABELS = {
     "peft-compiled": "PEFT compiled",
     "unsloth-schedule": "Unsloth's schedule",
     "lorafusion-schedule": "LoRAFusion's schedule",
+}
+NF4_LABELS = {
+    "frozen-nf4": "frozen NF4",
+    "lora-nf4": "**lora NF4**",
+    "peft-bitsandbytes-nf4": "PEFT on bitsandbytes NF4",
 }
 
 
@@ -38,20 +45,28 @@ def table() -> str:
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    """Sums over the projections, by kind of layer, dtype and dropout; the provenance below."""
+    """Sums over the projections, by kind of layer, dtype and dropout; the provenance below.
+
+    Of those on 4-bit weights, if there are any, in a table of their own.
+    """
     rows = [row for row in rows if row.get("pass", "both") == "both"]
     shown = {name: label for name, label in LABELS.items() if _of(rows, provider=name)}
     lines = [
         "| forward + backward over the frozen layers | " + " | ".join(shown.values()) + " |",
         "|---|" + "---|" * len(shown),
     ]
-    for merged in (False, True):
-        of_kind = [row for row in rows if (int(row["parts"]) > 1) == merged]
-        kind = "qkv, gate_up with parts" if merged else "all four projections"
-        for dtype, p in dict.fromkeys((row["dtype"], row["p"]) for row in of_kind):
-            block = _of(of_kind, dtype=dtype, p=p)
+    for said, block in _blocks(rows):
+        cells = " | ".join(_sum(block, provider) for provider in shown)
+        lines.append(f"| {said} | {cells} |")
+    shown = {name: label for name, label in NF4_LABELS.items() if _of(rows, provider=name)}
+    if shown:
+        columns = [*shown.values(), "lora NF4 over lora"]
+        lines += ["", "| on 4-bit weights | " + " | ".join(columns) + " |"]
+        lines.append("|---|" + "---|" * len(columns))
+        for said, block in _blocks(rows):
             cells = " | ".join(_sum(block, provider) for provider in shown)
-            lines.append(f"| {kind}, {dtype}, dropout {p} | {cells} |")
+            ratio = _ratio(block, "lora-nf4") / _ratio(block, "lora")
+            lines.append(f"| {said} | {cells} | {ratio:.2f} |")
     origin = rows[0]
     lines.append("")
     lines.append(
@@ -66,15 +81,32 @@ def _of(rows: list[dict[str, str]], **cells: str) -> list[dict[str, str]]:
     return [row for row in rows if all(row[key] == value for key, value in cells.items())]
 
 
+def _blocks(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """What a line is of, and its rows."""
+    for merged in (False, True):
+        of_kind = [row for row in rows if (int(row["parts"]) > 1) == merged]
+        kind = "qkv, gate_up with parts" if merged else "all four projections"
+        for dtype, p in dict.fromkeys((row["dtype"], row["p"]) for row in of_kind):
+            yield f"{kind}, {dtype}, dropout {p}", _of(of_kind, dtype=dtype, p=p)
+
+
 def _sum(block: list[dict[str, str]], provider: str) -> str:
     """Ratio of the summed times, and the most that any of the layers keeps."""
+    ratio = _ratio(block, provider)
+    if math.isnan(ratio):
+        return "–"
+    kept = max(float(row["kept_in_x"]) for row in _of(block, provider=provider))
+    return f"{ratio:.2f} ({kept:.2f})"
+
+
+def _ratio(block: list[dict[str, str]], provider: str) -> float:
+    """Of the summed times to the frozen layers'; NaN if a layer is missing."""
     frozen = {row["layer"]: float(row["ms_p50"]) for row in _of(block, provider="frozen")}
     mine = _of(block, provider=provider)
     if len(mine) < len(frozen):
-        return "–"
+        return math.nan
     total = sum(float(row["over_frozen"]) * frozen[row["layer"]] for row in mine)
-    kept = max(float(row["kept_in_x"]) for row in mine)
-    return f"{total / sum(frozen.values()):.2f} ({kept:.2f})"
+    return total / sum(frozen.values())
 
 
 def training_table() -> str:
@@ -92,12 +124,26 @@ def _training_table(rows: list[dict[str, str]]) -> str:
         "| step | dtype | tokens | frozen | **lora** | PEFT |",
         "|---|---|---|---|---|---|",
     ]
-    of_steps = [row for row in rows if row not in beside]
+    nf4 = [row for row in rows if row["bench"] == "step nf4"]
+    of_steps = [row for row in rows if row not in beside and row not in nf4]
     for values in dict.fromkeys(tuple(row[key] for key in keys) for row in of_steps):
         block = _of(rows, **dict(zip(keys, values, strict=True)))
         cells = " | ".join(_step(block, name) for name in ("frozen", "lora", "peft"))
         _, model, kind, dtype, tokens = values
         lines.append(f"| {model}: {kind} | {dtype} | {tokens} | {cells} |")
+    if nf4:
+        names = ("frozen", "lora", *NF4_LABELS)
+        columns = ["frozen", "lora", *NF4_LABELS.values(), "lora NF4 over lora"]
+        lines += ["", "| on 4-bit weights | " + " | ".join(columns) + " |"]
+        lines.append("|---|" + "---|" * len(columns))
+        for values in dict.fromkeys(tuple(row[key] for key in keys) for row in nf4):
+            block = _of(nf4, **dict(zip(keys, values, strict=True)))
+            cells = " | ".join(_step_and_weights(block, name) for name in names)
+            times = (_median(_of(block, provider=n), "ms_p50") for n in ("lora-nf4", "lora"))
+            _, model, kind, dtype, tokens = values
+            said = f"{model}: {kind}, {dtype}, {tokens} tokens"
+            lines.append(f"| {said} | {cells} | {next(times) / next(times):.2f} |")
+        lines += ["", "After the peak, the weights as they are held."]
     if beside:
         lines += ["", "| lora with | time over lora | peak over lora |", "|---|---|---|"]
     names = ("bench", "pass", "provider")
@@ -145,6 +191,12 @@ def _step(block: list[dict[str, str]], provider: str) -> str:
     if provider != "frozen":
         return f"{_median(mine, 'over_frozen'):.2f} ({peak})"
     return f"{_range(mine)} ({peak})"
+
+
+def _step_and_weights(block: list[dict[str, str]], provider: str) -> str:
+    mine = _of(block, provider=provider)
+    held = f", {_median(mine, 'held_mb'):.0f} MB" if mine else ""
+    return _step(block, provider) + held
 
 
 def scaling_table() -> str:

@@ -50,7 +50,7 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     wide = ["--tokens", *tokens, "--ranks", "16", "64", "--dtypes", "bf16", "--rounds", "2"]
     wide += ["--models", "phi-3-mini", "phi-3-medium", "phi-4-mini"]
     wide += ["--passes", "forward", "backward", "both", "--providers", *SWEPT]
-    step = ["--parts", "grid", "--dtypes", "bf16"]
+    step = ["--parts", "grid", "nf4", "--dtypes", "bf16"]
     step += ["--layers", "2", "--batch", "1", "--length", "32"] if small else []
     return [
         *([] if small else tests),

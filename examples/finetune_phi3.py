@@ -4,10 +4,16 @@
     python finetune_phi3.py --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl
 
     torchrun --nproc-per-node 4 finetune_phi3.py [--parallel fsdp2]   # the same, in four processes
+    python finetune_phi3.py --quantize nf4                       # QLoRA: on frozen weights of 4 bits
 
 The first form trains a small stand-in for Phi-3 (once, kept in the user's cache) and tunes it on
 questions about Python's standard library. The second does the same with the real one, on a GPU if
 there is one; each line of the data is {"messages": [{"role": "user", "content": "..."}, ...]}.
+
+With --quantize the linear projections are of 4 bits from the moment they are read; the rest is the
+same. The report adds base_eval_loss, the loss of the dense base, beside eval_loss_before, that of the
+quantised one. The merged checkpoint is dense, in the model's dtype: the update on the dequantised
+weights, on which it was trained. (`lora merge` puts it on the original ones.)
 
 Beside it: `chat_data` makes tokens of chats, `training` is the loop, `run_folder` what it writes,
 `processes` shares the work, `stdlib_docs` and `standin` replace the downloads. The last line on stdout
@@ -25,7 +31,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +48,13 @@ from chat_data import Data, InputError, encode_data, fingerprint, read_conversat
 from models import (
     adapt,
     answers,
+    base_bytes,
     checkpoint_activations,
     device,
     folder_of,
     load,
     load_in_shards,
+    load_quantized,
     side_by_side,
 )
 from run_folder import (
@@ -142,7 +150,7 @@ standin_config: dict[str, Any] = {
 class Setup:
     """Where the run begins: the base model's name or folder, how it is loaded, and the data.
 
-    parallel: "none", or the engine of several processes, "ddp" or "fsdp2".
+    parallel: "none", or the engine of several processes, "ddp" or "fsdp2". quantize: "nf4", or None.
     """
 
     base: str
@@ -150,6 +158,11 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     data: Data
     parallel: str
+    quantize: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.model_config["dtype"])
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -175,7 +188,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         "attn_implementation": args.attn_implementation,
     }
     data = encode_data(chats, held_out, tokenizer, longest, most)
-    return Setup(base, model_config, tokenizer, data, parallel)
+    return Setup(base, model_config, tokenizer, data, parallel, args.quantize)
 
 
 @functools.cache
@@ -188,9 +201,12 @@ def load_adapted(setup: Setup) -> PreTrainedModel:
     """The pretrained model with LoRA layers, and everything but these frozen."""
 
     def change(model: PreTrainedModel) -> None:
-        adapt(model, setup.base, **peft_config, **variant_config)
+        adapt(model, setup.base, quantize=setup.quantize, **peft_config, **variant_config)
         lora.mark_only_lora_as_trainable(model, bias=peft_config["bias"])
 
+    if setup.quantize:
+        model = load_quantized(setup.base, change, **setup.model_config)
+        return processes.sharded(model) if setup.parallel == "fsdp2" else model
     if setup.parallel == "fsdp2":
         return load_in_shards(setup.base, change, **setup.model_config)
     model = load_plain(setup, setup.base)
@@ -214,6 +230,7 @@ def train(setup: Setup, resume: bool) -> Trainer:
         "dtype": setup.model_config["dtype"],
         "attn_implementation": setup.model_config["attn_implementation"],
         "device": device().type,
+        "quantize": setup.quantize,
         **binding(training_config, peft_config | variant_config),
     }
     checkpoint = load_checkpoint(output / "checkpoints", settings) if resume else None
@@ -224,14 +241,12 @@ def train(setup: Setup, resume: bool) -> Trainer:
     if processes.is_first():
         lora.summary(model)
     if processes.count() > 1:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-        peak = processes.most(processes.peak_mb())
         log.info(
-            "%d processes by %s: at most %.0f MB in one after loading a model of %.0f MB",
+            "%d processes by %s: at most %.0f MB in one after loading its %.0f MB of weights",
             processes.count(),
             setup.parallel,
-            peak,
-            weights,
+            processes.most(processes.peak_mb()),
+            processes.most(base_bytes(model)) / 1e6,
         )
 
     events = RunLog(output / "log.jsonl", writes=processes.is_first())
@@ -272,6 +287,7 @@ def evaluate_and_save(setup: Setup, trainer: Trainer) -> dict[str, Any]:
     report = {
         "eval_loss_before": events.find("evaluate", when="before")["loss"],
         "eval_loss_after": loss,
+        "base_bytes": processes.most(base_bytes(trainer.model)),
         "trainable_parameters": sum(p.numel() for p in trainer.trained),
         "tokens_per_second": round(trainer.tokens_per_second, 1),
     }
@@ -289,31 +305,62 @@ def check_and_export(setup: Setup, expected_loss: float) -> dict[str, float]:
     with processes.first_alone():
         pass  # the adapter is written
     sharded = setup.parallel == "fsdp2"
-    model = load_adapted(setup) if sharded else load_plain(setup, setup.base)
+    adapted = sharded or setup.quantize
+    model = load_adapted(setup) if adapted else load_plain(setup, setup.base)
     lora.load_adapter(model, output / "adapter")
     reloaded = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
 
     differences = {"reload_difference": abs(reloaded - expected_loss)}
     if variant_config["lora_bias"]:
         log.info("not merged: Phi-3's layers have no biases to merge those of the updates into")
-        return _checked(differences, model.dtype)
+        return _checked(differences, setup.dtype)
     with processes.first_alone() as alone:
-        if alone and sharded:  # a block of a weight at a time
+        if alone and sharded and not setup.quantize:  # a block of a weight at a time
             adapter = read_adapter(output / "adapter").checked()
             merge_checkpoint(
                 folder_of(setup.base, setup.model_config["cache_dir"]), adapter, output / "merged"
             )
         elif alone:
-            lora.unpatch(model, merge=True).save_pretrained(output / "merged")
+            if sharded:
+                model = load_adapted(replace(setup, parallel="none"))
+                lora.load_adapter(model, output / "adapter")
+            if setup.quantize:  # on the GPU there may be no room for the dense model
+                lora.unpatch(model.to("cpu"), merge=True, dtype=setup.dtype)
+            else:
+                lora.unpatch(model, merge=True)
+            model.save_pretrained(output / "merged")
             setup.tokenizer.save_pretrained(output / "merged")
     del model  # from here on as anyone would who has never heard of this library
-    plain = load_plain(setup, str(output / "merged"))
-    merged = evaluate(plain, setup.data.held_out, size, setup.data.pad_id)["loss"]
-    reply = answers(plain, setup.tokenizer, setup.data.held_out[:1])[0]
-    log.info("the merged model, %s, answers: %s", output / "merged", reply)
+    plain = load_if_it_fits(setup, str(output / "merged"))
+    if plain is not None:
+        merged = evaluate(plain, setup.data.held_out, size, setup.data.pad_id)["loss"]
+        reply = answers(plain, setup.tokenizer, setup.data.held_out[:1])[0]
+        log.info("the merged model, %s, answers: %s", output / "merged", reply)
+        differences["merged_difference"] = abs(merged - expected_loss)
+    return _checked(differences, setup.dtype)
 
-    differences["merged_difference"] = abs(merged - expected_loss)
-    return _checked(differences, plain.dtype)
+
+def dense_base_loss(setup: Setup) -> dict[str, float]:
+    """What the loss was before quantising, if there is room for the base as it was."""
+    model = load_if_it_fits(setup, setup.base)
+    if model is None:
+        return {}
+    size = training_config["per_device_eval_batch_size"]
+    loss = evaluate(model, setup.data.held_out, size, setup.data.pad_id)["loss"]
+    return {"base_eval_loss": loss}
+
+
+def load_if_it_fits(setup: Setup, name: str) -> PreTrainedModel | None:
+    """As `load_plain`; None if a GPU has room for the model's 4-bit form alone."""
+    gc.collect()
+    try:
+        model = load_plain(setup, name)
+    except torch.OutOfMemoryError:
+        model = None
+    if processes.most(model is None):
+        log.warning("%s does not fit into the GPU's memory, so its loss is not compared", name)
+        return None
+    return model
 
 
 def _checked(differences: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
@@ -337,6 +384,7 @@ def arguments() -> argparse.Namespace:
     add("--parallel", choices=("ddp", "fsdp2"), help="under torchrun: the engine (default: ddp)")
     add("--seed", type=int, help="the same as --set seed=SEED")
     add("--dtype", choices=("float32", "bfloat16"), help="of the model's weights")
+    add("--quantize", choices=("nf4",), help="QLoRA: frozen projections of 4 bits (default: dense)")
     add("--attn-implementation", default="sdpa", help="or eager, flash_attention_2 (default: sdpa)")
     add("--cache-dir", type=Path, help="where models are kept (default: the user's cache)")
     add("--base-steps", type=int, default=BASE_STEPS, help="training steps of the stand-in")
@@ -387,6 +435,7 @@ def main() -> int:
             setup = prepare(args)
             report = evaluate_and_save(setup, train(setup, args.resume))
             report |= check_and_export(setup, report["eval_loss_after"])
+            report |= dense_base_loss(setup) if setup.quantize else {}
     except InputError as error:
         if processes.is_first():
             print(f"error: {error}", file=sys.stderr)

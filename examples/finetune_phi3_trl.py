@@ -5,8 +5,11 @@
 
 The recipes are those of Microsoft's Phi-3 cookbook: sample_finetune.py, or with --recipe notebook its
 Phi-3-finetune-lora-python.ipynb. Of their lines for LoRA, two are left: patching and the
-callback. Without --model a small stand-in is trained first (once, kept in the user's cache), and
-without --data it learns questions about Python's standard library; each line of a data file is
+callback. With --recipe notebook --quantize nf4 it is the cookbook's Phi-3-finetune-qlora-python.ipynb;
+the merged model is the update on the dequantised weights, on which it was trained.
+
+Without --model a small stand-in is trained first (once, kept in the user's cache), and without --data
+it learns questions about Python's standard library; each line of a data file is
 {"messages": [{"role": "user", "content": "..."}, ...]}. The last line on stdout is a summary in JSON.
 """
 
@@ -180,7 +183,7 @@ def build(args: argparse.Namespace) -> SFTTrainer:
         attn_implementation=args.attn_implementation,
     )
     torch.manual_seed(config["seed"])
-    adapt(model, base, **peft_config)
+    adapt(model, base, quantize=args.quantize, **peft_config)
     lora.summary(model)
     return SFTTrainer(
         model=model,
@@ -216,7 +219,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trainer.save_model(str(output / "adapter"))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
-    lora.unpatch(trainer.model, merge=True)
+    lora.unpatch(trainer.model, merge=True, dtype=trainer.model.dtype if args.quantize else None)
     trainer.model.config.use_cache = True  # which training turned off
     merged = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output / "merged"))  # a whole model now, that needs no lora
@@ -242,6 +245,7 @@ def arguments() -> argparse.Namespace:
     add("--output", metavar="FOLDER", help="default: as in the recipe")
     add("--resume", action="store_true", help="go on from the newest checkpoint in the output")
     add("--steps", type=int, help="training steps; the same as --set max_steps=STEPS")
+    add("--quantize", choices=("nf4",), help="QLoRA: frozen projections of 4 bits (default: dense)")
     add("--assistant-only-loss", action="store_true", help="learn what the assistant says alone")
     add("--attn-implementation", default="sdpa", help="flash_attention_2 in the recipes")
     add("--base-steps", type=int, default=BASE_STEPS, help="training steps of the stand-in")

@@ -44,11 +44,29 @@ def load(factory: Any, name: str, **options: Any) -> Any:
         raise InputError(f"cannot load {name}: {first_line} ({hint})") from error
 
 
+def load_quantized(name: str, change: Callable[[nn.Module], object], **options: Any) -> Any:
+    """The model with the 4-bit weights that `change` asks for, while it has no weights yet.
+
+    They are made one by one as they are read: all of the dense model is never held.
+    """
+    model, folder = _on_meta(name, change, **options)
+    _fill(lora.load_pretrained, model, folder)
+    return model.eval()
+
+
 def load_in_shards(name: str, change: Callable[[nn.Module], object], **options: Any) -> Any:
     """The model over all processes by FSDP2, each of which reads its own part of the checkpoint.
 
     `change` adapts the model, while it has no weights yet. No process ever holds all of it.
     """
+    model, folder = _on_meta(name, change, **options)
+    model = sharded(model)
+    _fill(lora.distributed.load_sharded, model, folder)
+    return model.eval()
+
+
+def _on_meta(name: str, change: Callable[[nn.Module], object], **options: Any) -> tuple[Any, Path]:
+    """(the adapted model, all of it on the meta device but for its frequencies; its folder)."""
     cache = options.pop("cache_dir", None)
     config = load(AutoConfig, name, cache_dir=cache)
     folder = folder_of(name, cache)
@@ -61,12 +79,14 @@ def load_in_shards(name: str, change: Callable[[nn.Module], object], **options: 
     with device():
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     change(model)
-    model = sharded(model)
+    return model, folder
+
+
+def _fill(load_weights: Callable[..., None], model: nn.Module, folder: Path) -> None:
     try:
-        lora.distributed.load_sharded(model, folder, device())
+        load_weights(model, folder, device())
     except lora.AdapterError as error:
-        raise InputError(f"cannot load {name}: {error}") from error
-    return model.eval()
+        raise InputError(f"cannot load {folder}: {error}") from error
 
 
 def folder_of(name: str, cache: Path | None) -> Path:
@@ -87,6 +107,16 @@ def adapt(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
         return lora.patch_phi3(model, **options)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} cannot be adapted: {error}") from error
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen weights that this process holds, as it holds them: of 4 bits, or dense."""
+    held = (
+        p.to_local() if hasattr(p, "to_local") else p
+        for name, p in model.named_parameters()
+        if not p.requires_grad and not name.rpartition(".")[2].startswith("lora_")
+    )
+    return sum(part.nbytes for part in held)
 
 
 def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The layer benchmark runs end to end on small sizes and writes rows that say where they are from."""
 
 import csv
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import lora
+
 ROOT = Path(__file__).resolve().parent.parent
+NF4 = {"frozen-nf4", "lora-nf4"}
+if importlib.util.find_spec("bitsandbytes"):
+    NF4 |= {"peft-bitsandbytes-nf4"}
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def run(tmp_path):
 
 def test_bench_layers_end_to_end(run):
     printed, rows = run("--tokens", "16")
-    assert {row["provider"] for row in rows} == {"frozen", "lora", "loralib", "peft"}
+    assert {row["provider"] for row in rows} == {"frozen", "lora", "loralib", "peft", *NF4}
     assert {row["layer"] for row in rows} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert {row["tokens"] for row in rows} == {"16"}
     assert {row["pass"] for row in rows} == {"both"}
@@ -43,7 +49,14 @@ def test_bench_layers_end_to_end(run):
         assert "bench_layers.py" in row["command"]
         if row["provider"] == "frozen":
             assert float(row["over_frozen"]) == 1
+        if row["provider"] in ("frozen", "frozen-nf4"):
             assert float(row["kept_in_x"]) == 0
+    kept = {
+        (r["provider"], r["layer"], r["parts"], r["dtype"], r["p"]): r["kept_in_x"] for r in rows
+    }
+    for (provider, *setting), of_ours in kept.items():
+        if provider == "lora-nf4":  # no dense weight
+            assert of_ours == kept[("lora", *setting)]
     assert printed.count("sum") == 8
 
 
@@ -75,3 +88,14 @@ def test_a_wrong_result_is_found(p, scaling, monkeypatch):
     nn.init.normal_(layer.lora_B, std=0.02)
     wrong = bench_layers.check(layer, base, 40, p, (64,))
     assert bool(wrong) == (scaling != bench_layers.SCALING)
+
+
+def test_a_layer_on_other_codes_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_layers
+
+    base = nn.Linear(128, 64, bias=False).requires_grad_(False)
+    layer = lora.LinearNF4.from_module(base)
+    dense = layer.to_dense(layer.weight.dequantize())
+    assert bench_layers.check(layer, dense, 40, 0.0, (64,)) == ""
+    assert "y is off" in bench_layers.check(layer, base, 40, 0.0, (64,))

@@ -1,6 +1,7 @@
 """The baselines are right, every benchmark runs end to end on a CPU, old rows are found."""
 
 import csv
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -82,7 +83,8 @@ def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path):
         assert {row["source"] for row in rows} == {source_hash()}
         assert all(float(row["ms_p50"]) > 0 for row in rows)
         benches |= {row["bench"] for row in rows}
-    assert benches == {"layers", "kernels", "step grid", "beta", "bandwidth"}
+    nf4 = {"kernels nf4", "step nf4"}
+    assert benches == {"layers", "kernels", "step grid", "beta", "bandwidth", *nf4}
     assert "philox: needs a GPU, nothing measured" in done.stdout
     plots = {path.name for path in tmp_path.glob("*.png")}
     assert plots == {"over_frozen.png", "kept.png", "kernels.png"}
@@ -117,6 +119,21 @@ def test_every_step_is_the_frozen_models_at_first(name):
         assert len(ours["times"]) == SMALL["rounds"]
 
 
+# PEFT reads a property of models that transformers is renaming
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_every_step_on_4_bits_is_the_quantised_models_at_first():
+    from bench_step import Combination, measure
+
+    names = ["frozen", "frozen-nf4", "lora-nf4"]
+    if importlib.util.find_spec("bitsandbytes"):
+        names.append("peft-bitsandbytes-nf4")
+    of = {name: measure(Combination(**SMALL, dtype="fp32", provider=name)) for name in names}
+    for name in names[1:]:
+        assert of[name]["loss"] == pytest.approx(of["frozen-nf4"]["loss"], rel=1e-6)
+        assert of[name]["loss"] != pytest.approx(of["frozen"]["loss"], rel=1e-6)
+        assert of[name]["held"] < 0.8 * of["frozen"]["held"]  # embeddings and head stay
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_the_peak_is_that_of_the_step_alone():
     from bench_step import host_peak_mb
@@ -141,7 +158,8 @@ def test_the_floor_is_the_median_of_its_runs_and_the_table_says_so(tmp_path, mon
     from harness import write_csv
 
     def run(seconds, peak, **changes):
-        return Combination(**SMALL, **changes), {"times": [seconds], "peak": peak, "loss": 1.0}
+        measured = {"times": [seconds], "peak": peak, "loss": 1.0, "held": 7.0}
+        return Combination(**SMALL, **changes), measured
 
     lora, dora = {"provider": "lora"}, {"provider": "lora", "variant": {"use_dora": True}}
     grid = [run(0.1, 50), run(0.11, 60, **lora), run(0.12, 50)]
@@ -157,6 +175,44 @@ def test_the_floor_is_the_median_of_its_runs_and_the_table_says_so(tmp_path, mon
     )
     assert "| use_dora | 1.33 | 1.50 |" in lines  # over its own group's lora, 400 and 500 ms
     assert "lora itself, in each group: 450 ms, 400 to 500." in lines
+
+
+def test_rows_on_4_bits_have_tables_of_their_own(tmp_path, monkeypatch):
+    import readme_table
+    from bench_step import Combination, rows_of
+
+    from harness import write_csv
+
+    def run(seconds, held, provider):
+        c = Combination(**SMALL, part="nf4", provider=provider)
+        return c, {"times": [seconds], "peak": 50, "loss": 1.0, "held": held}
+
+    steps = [run(0.1, 80, "frozen"), run(0.12, 81, "lora"), run(0.15, 21, "lora-nf4")]
+    write_csv(tmp_path / "step_cpu.csv", rows_of(steps), "cpu")
+    of_layer = {
+        "bench": "layers",
+        "layer": "o_proj",
+        "in": 8,
+        "out": 8,
+        "parts": 1,
+        "dtype": "bf16",
+    }
+    of_layer |= {"p": 0.0, "tokens": 4, "rank": 4, "pass": "both", "kept_in_x": 1.5}
+    ratios = {"frozen": 1.0, "lora": 1.2, "frozen-nf4": 1.3, "lora-nf4": 1.5}
+    layers = [
+        {**of_layer, "provider": p, "ms_p50": 2 * x, "over_frozen": x} for p, x in ratios.items()
+    ]
+    write_csv(tmp_path / "layers_cpu.csv", layers, "cpu")
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    lines = readme_table.training_table().splitlines()
+    assert (
+        "| phi-3-mini / 32, 1 layers: step, bf16, 64 tokens | 100 ms (50 MB), 80 MB "
+        "| 1.20 (50 MB), 81 MB | – | 1.50 (50 MB), 21 MB | – | 1.25 |"
+    ) in lines
+    lines = readme_table.table().splitlines()
+    assert "| all four projections, bf16, dropout 0.0 | 1.20 (1.50) |" in lines
+    quantised = "| all four projections, bf16, dropout 0.0 | 1.30 (1.50) | 1.50 (1.50) | 1.25 |"
+    assert quantised in lines
 
 
 def test_a_part_that_fails_or_has_no_time_is_told(monkeypatch, capsys):

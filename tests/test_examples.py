@@ -151,6 +151,7 @@ def test_default_run_reports_and_writes(first):
         "eval_loss_after",
         "reload_difference",
         "merged_difference",
+        "base_bytes",
         "trainable_parameters",
         "tokens_per_second",
         "seconds",
@@ -450,6 +451,31 @@ def test_a_variant_by_its_flag(name, run, first, chats, tmp_path):
     code, _, err = run(*arguments, "--steps=6", "--resume")  # as plain LoRA
     assert code == 2
     assert "made with other settings" in err
+
+
+def test_a_base_of_4_bits(run, first, chats, tmp_path):
+    output = tmp_path / "output"
+    arguments = ["--model", first.base, "--data", chats, "--output", output, *SMALL, "--steps=9"]
+    code, out, err = run(*arguments, "--quantize", "nf4")
+    assert code == 0, err
+    report = json.loads(out[-1])
+    assert set(report) == {*first.report, "base_eval_loss"}
+    assert report["eval_loss_after"] < 0.95 * report["eval_loss_before"]
+    assert report["eval_loss_before"] == pytest.approx(report["base_eval_loss"], rel=0.02)
+    assert report["eval_loss_before"] != report["base_eval_loss"]
+    assert report["reload_difference"] == 0
+    assert report["merged_difference"] < 1e-4
+    base = load_file(first.base / "model.safetensors")
+    weights = sum(t.numel() for name, t in base.items() if name.endswith("_proj.weight"))
+    dense = first.report["base_bytes"] - 4 * weights  # of what is not quantised
+    assert 0.5 * weights < report["base_bytes"] - dense <= 0.53 * weights
+    assert load_file(output / "merged" / "model.safetensors").keys() == base.keys()
+    code, _, err = run(*arguments, "--resume")
+    assert code == 2
+    assert "quantize was 'nf4' and is None" in err
+    code, _, err = run(*arguments, "--quantize", "int8")
+    assert code == 2
+    assert "invalid choice: 'int8' (choose from 'nf4')" in err
 
 
 PHI3 = (
