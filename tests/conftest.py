@@ -11,11 +11,23 @@ import importlib.metadata  # noqa: E402
 import os  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; what they start does so too
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 pytest.register_assert_rewrite("adapter_helpers")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, a file in one of them, unless -n says otherwise."""
+    if "PYTEST_XDIST_WORKER" in os.environ or hasattr(config, "workerinput"):
+        return  # in one of the two already: it must never start further ones
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.getoption("numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
