@@ -183,6 +183,31 @@ def dequantize(parts: NF4, out: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("lora::nf4_dequantize", mutates_args=())
+def dequantize_op(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    first: Tensor | None,
+    numel: int,
+    dtype: torch.dtype,
+    call: Tensor,
+) -> Tensor:
+    """`dequantize` into a new flat tensor.
+
+    `call`, unused, is a tensor of this call's own, such as `torch.empty(0)`: torch.compile takes two
+    calls with the same arguments for one, and would keep the dense weight of forward for backward.
+    """
+    out = torch.empty(numel, dtype=dtype, device=packed.device)
+    return dequantize(NF4(packed, absmax, nested_absmax, offset, first), out)
+
+
+@dequantize_op.register_fake
+def _(packed, absmax, nested_absmax, offset, first, numel, dtype, call):  # type: ignore[no-untyped-def]
+    return packed.new_empty(numel, dtype=dtype)
+
+
 def at(parts: NF4, index: Tensor) -> Tensor:
     """The elements at these flat indices, fp32."""
     byte = parts.packed[index // 2].int()

@@ -113,7 +113,7 @@ class NF4Tensor(Tensor):
         """The elements, in the flat memory of `into` if it is given."""
         if type(self.packed) is not Tensor:  # traced: the loop over blocks must not be
             call = torch.empty(0, device=self.device)
-            flat = dequantize_op(*self.parts, self.numel(), self.dtype, call)
+            flat = nf4.dequantize_op(*self.parts, self.numel(), self.dtype, call)
         else:
             flat = self.packed.new_empty(self.numel(), dtype=self.dtype) if into is None else into
             nf4.dequantize(self.parts, flat)
@@ -213,31 +213,6 @@ def _rebuild(
     if is_parameter:
         return torch.nn.Parameter(made, requires_grad)  # type: ignore[return-value]
     return made.requires_grad_(requires_grad)  # type: ignore[return-value]
-
-
-@torch.library.custom_op("lora::nf4_dequantize", mutates_args=())
-def dequantize_op(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    first: Tensor | None,
-    numel: int,
-    dtype: torch.dtype,
-    call: Tensor,
-) -> Tensor:
-    """`nf4.dequantize` into a new flat tensor.
-
-    `call`, unused, is a tensor of this call's own, such as `torch.empty(0)`: torch.compile takes two
-    calls with the same arguments for one, and would keep the dense weight of forward for backward.
-    """
-    out = torch.empty(numel, dtype=dtype, device=packed.device)
-    return nf4.dequantize(NF4(packed, absmax, nested_absmax, offset, first), out)
-
-
-@dequantize_op.register_fake
-def _(packed, absmax, nested_absmax, offset, first, numel, dtype, call):  # type: ignore[no-untyped-def]
-    return packed.new_empty(numel, dtype=dtype)
 
 
 # Operations on the elements

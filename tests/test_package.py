@@ -136,6 +136,7 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "adapter.check": 9,
     "adapter.describe": 9,
     "adapter.merge_report": 5,
+    "adapter.merged_folder": 9,
     "adapter.merge": 10,
     "adapter.save": 9,
     "adapter.fit": 10,

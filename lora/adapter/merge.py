@@ -22,15 +22,9 @@ It builds no model. What it writes appears whole or not at all.
 
 from __future__ import annotations
 
-import fnmatch
-import json
 import math
-import os
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -52,14 +46,11 @@ from .contents import DTYPES, Adapter, AdapterError, Layer
 from .files import new_folder
 from .fingerprint import is_loftq, is_nf4, loftq_alone
 from .merge_report import LayerError, MergeReport
+from .merged_folder import carried, check_target, copy, rewritten, write, write_shard
 
 Progress = Callable[[int, int], None]  # gets how many are done, and how many there are
 
 _CHUNK = 16 << 20  # bytes of a block that is copied
-_NOT_CARRIED = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.onnx_data", "*.index.json", "*.index.*.json", "adapter_config.json", ".*"),
-)
 
 
 def merge_checkpoint(
@@ -89,7 +80,7 @@ def merge_checkpoint(
     merged value is not finite. OSError if the disk is full. `out` is then as it was.
     """
     source, target = Checkpoint(base), Path(out).resolve()
-    _check_target(source.folder.resolve(), target)
+    check_target(source.folder.resolve(), target)
     merge = _Merge(source, adapter, dequantize)
     names = count_up(len(merge.planned), progress)
 
@@ -104,14 +95,14 @@ def merge_checkpoint(
                     n: stored for n, stored in merge.planned.items() if stored.shard == shard
                 }
                 if planned or not own:  # else it had nothing but parts of 4-bit weights
-                    _write_shard(folder / shard, planned, tensor_bytes)
-            copied = tuple(_carried(source.folder))
-            written = {} if dequantize is None else _rewritten(source, merge.planned, dequantize)
+                    write_shard(folder / shard, planned, tensor_bytes)
+            copied = tuple(carried(source.folder))
+            written = {} if dequantize is None else rewritten(source, merge.planned, dequantize)
             for path in (*copied, *([INDEX] if source.sharded else [])):
                 if path in written:
-                    _write(folder / path, written[path])
+                    write(folder / path, written[path])
                 else:
-                    _copy(source.folder / path, folder / path)
+                    copy(source.folder / path, folder / path)
     except OSError as error:
         reason = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
@@ -177,8 +168,8 @@ class _Merge:
             check_dtype(base, name, torch.float32)
         for name, tensor in self.replaced.items():
             check_dtype(base, name, tensor.dtype)
-        for name, copy in copies:
-            check_copy(base, name, copy)
+        for name, values in copies:
+            check_copy(base, name, values)
         self.verdict = compare_base(base, adapter)
         dense = {*base.quantized, *(self.on_nf4 if dequantize is not None else ())}
         self.requantized = dense - base.quantized.keys()
@@ -374,87 +365,6 @@ def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bytes(block: Tensor) -> memoryview:
     return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_shard(
-    path: Path, tensors: Mapping[str, Stored], tensor_bytes: Callable[[str], Iterator[memoryview]]
-) -> None:
-    """A safetensors file with these dtypes and shapes, in this order, streamed from its blocks."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, stored in tensors.items():
-        offsets = [begin, begin + stored.nbytes]
-        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": offsets}
-        begin += stored.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in tensors:
-            for block in tensor_bytes(name):
-                file.write(block)
-        assert file.tell() == 8 + len(text) + begin
-        _to_disk(file)
-
-
-def _rewritten(
-    base: Checkpoint, planned: Mapping[str, Stored], dtype: torch.dtype
-) -> dict[str, dict[str, object]]:
-    """The JSON files that say what the dequantised checkpoint is."""
-    config = {key: said for key, said in base.config.items() if key != "quantization_config"}
-    config["dtype" if "torch_dtype" not in config else "torch_dtype"] = str(dtype)[6:]
-    metadata: dict[str, object] = {"total_size": sum(t.nbytes for t in planned.values())}
-    if "total_parameters" in base.index.get("metadata", {}):
-        metadata["total_parameters"] = sum(math.prod(t.shape) for t in planned.values())
-    weight_map = {name: tensor.shard for name, tensor in planned.items()}
-    return {"config.json": config, INDEX: {"metadata": metadata, "weight_map": weight_map}}
-
-
-def _write(path: Path, contents: Mapping[str, object]) -> None:
-    with path.open("xb") as file:
-        file.write((json.dumps(contents, indent=2, sort_keys=True) + "\n").encode())
-        _to_disk(file)
-
-
-def _carried(base: Path) -> Iterator[str]:
-    """Files that go along: regular ones, or links to such, that are neither weights nor hidden."""
-    for folder, folders, files in os.walk(base, onerror=_fail):  # which enters no linked folder
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            weights = any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _NOT_CARRIED)
-            if not weights and (Path(folder) / name).is_file():
-                yield (Path(folder) / name).relative_to(base).as_posix()
-
-
-def _fail(error: OSError) -> None:
-    raise error
-
-
-def _copy(source: Path, target: Path) -> None:
-    """The contents of a file; a link, as in Hugging Face's cache, becomes a file of its own."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as old, target.open("xb") as new:
-        shutil.copyfileobj(old, new)
-        _to_disk(new)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _check_target(base: Path, target: Path) -> None:
-    if target == base or base in target.parents:
-        raise AdapterError(
-            f"out={target} is the base's folder or lies in it: expected a folder elsewhere"
-        )
-    if target.exists() and not target.is_dir():
-        raise AdapterError(f"out={target} is a file: expected a new folder")
-    if target.exists() and any(target.iterdir()):
-        raise AdapterError(
-            f"out={target} is a folder with files in it: expected a new or an empty one; nothing is "
-            "overwritten, so remove it or choose another name"
-        )
 
 
 def _check_finite(name: str, block: Tensor, exact: Tensor) -> None:
