@@ -57,7 +57,7 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
         ("beta", 45, experiments("beta")),
         ("layers", 120, script("bench_layers", "layers", *headline)),
         ("kernels", 90, script("bench_kernels", "kernels", *quick)),
-        ("step", 100, script("bench_step", "step", *quick, *step)),
+        ("step", 150, script("bench_step", "step", *quick, *step)),
         ("experiments", 100, experiments("bandwidth", "philox", "extended")),
         ("sweep", 600, script("bench_layers", "sweep", *wide)),
         ("plots", 60, ["benchmarks/plots.py", str(out)]),

@@ -21,6 +21,8 @@ on a GPU. Read but not written: scales that are plain fp32 (no offset). Not hand
 """
 
 import functools
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -104,6 +106,12 @@ def _constant(table: Tensor, device: torch.device) -> Tensor:
         return table.to(device)
 
 
+def _fused(tensor: Tensor) -> bool:
+    """Whether triton_nf4.py does it: on a GPU, unless LORA_KERNELS=torch, or Triton is not there."""
+    wanted = tensor.is_cuda and os.environ.get("LORA_KERNELS") != "torch"
+    return wanted and importlib.util.find_spec("triton") is not None
+
+
 def quantize(weight: Tensor) -> NF4:
     """The parts of `weight`, of any shape, fp32, bf16 or fp16, all of them finite."""
     w = weight.detach().reshape(-1)
@@ -111,7 +119,7 @@ def quantize(weight: Tensor) -> NF4:
     packed = w.new_empty(-(-w.numel() // 2), dtype=torch.uint8)
     absmax = w.new_empty(blocks, dtype=torch.float32)
     done = 0
-    if w.is_cuda:
+    if _fused(w):
         from .triton_nf4 import quantize_blocks
 
         quantize_blocks(w, packed, absmax)
@@ -167,7 +175,7 @@ def scales(parts: NF4, start: int = 0, stop: int | None = None) -> Tensor:
 def dequantize(parts: NF4, out: Tensor) -> Tensor:
     """The elements, rounded to out's dtype, in the contiguous `out`, which is returned."""
     flat = out.view(-1)
-    if out.is_cuda:
+    if _fused(out):
         from .triton_nf4 import dequantize_blocks
 
         dequantize_blocks(parts, flat)

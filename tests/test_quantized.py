@@ -345,6 +345,26 @@ class TestState:
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
+    def test_a_saved_4_bit_base_is_read_by_transformers(
+        self, bitsandbytes, make_phi3, tmp_path, ids
+    ):
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        make_phi3().save_pretrained(tmp_path / "dense")
+        dense = {"dtype": torch.bfloat16}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **dense)
+        lora.unpatch(lora.patch_phi3(model, 2, 4, 0.0, quantize="nf4"))
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model.save_pretrained(tmp_path / "nf4")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", **dense)
+        assert type(theirs.model.layers[0].mlp.down_proj) is bitsandbytes.nn.Linear4bit
+        assert torch.equal(theirs(ids).logits, model(ids).logits)
+
     def test_of_another_kind_it_is_refused_by_name(self):
         layer = lora.LinearNF4.from_module(nn.Linear(64, 32, bias=False))
         before = layer.weight.dequantize()
