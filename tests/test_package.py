@@ -218,6 +218,18 @@ def test_the_name_kernels_is_never_ours():
         assert is_kernels_available()
 
 
+def test_the_folder_is_empty_by_its_own_name():
+    """At the root transformers imports it: a second copy would free the operators of the first one."""
+    script = (
+        "import sys, torch, lora\n"
+        "import kernels, transformers.integrations.hub_kernels\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'kernels'])\n"
+        "print([name for name in vars(kernels) if not name.startswith('__')])\n"
+        "print(lora.Linear(8, 3, 2, 4, 0.5)(torch.zeros(1, 8)).shape[1])"
+    )
+    assert python(script, cwd=ROOT).splitlines() == ["['kernels']", "[]", "3"]
+
+
 @pytest.mark.parametrize("runner", [["pytest"], ["python", "-m", "pytest"]], ids=" ".join)
 @pytest.mark.parametrize("installed", [True, False], ids=["with", "without"])
 def test_a_patched_phi3_with_and_without_a_distribution_named_kernels(runner, installed, tmp_path):

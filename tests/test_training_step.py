@@ -4,8 +4,6 @@ The references are the eager step without checkpointing, the plain optimizer, on
 autocast the formula in PyTorch's own operations, in float64 and under the same autocast.
 """
 
-import gc
-import os
 import subprocess
 import sys
 
@@ -332,16 +330,11 @@ class TestLongSequences:
         """Peak of the resident memory over that of a short step, in a fresh process.
 
         A decoder layer with all its gradients and copies takes fewer than 1,000 values a token here,
-        the loss fewer than ten rows of logits; a mask or a row of scores has 32,768. Without dropout,
-        whose bits the test above counts.
+        the loss fewer than ten rows of logits; a mask or a row of scores has 32,768.
         """
         code = f"""
-import resource, traceback
 import torch, lora
 from transformers import Phi3Config, Phi3ForCausalLM
-
-def lines(path, *names):
-    return [" ".join(line.split()) for line in open(path) if line.startswith(names)]
 
 config = Phi3Config(
     vocab_size=96, hidden_size=16, intermediate_size=28, num_hidden_layers=1,
@@ -349,28 +342,17 @@ config = Phi3Config(
     pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
 )
 model = Phi3ForCausalLM._from_config(config, attn_implementation="sdpa")
-lora.patch_phi3(model, 4, 8, 0.0, "all-linear").train()
+lora.patch_phi3(model, 4, 8, 0.05, "all-linear").train()
 model.gradient_checkpointing_enable({{"use_reentrant": False}})
 for tokens in (256, {self.TOKENS}):
     ids = torch.randint(3, 96, (1, tokens))
-    try:
-        model(ids, labels=ids).loss.backward()
-    except BaseException:
-        told = [f"{{tokens}} tokens", *lines("/proc/self/status", "Vm", "Threads")]
-        told += lines("/proc/meminfo", "MemTotal", "MemAvailable", "Commit")
-        limits = {{n: resource.getrlimit(getattr(resource, n)) for n in ("RLIMIT_AS", "RLIMIT_DATA")}}
-        raise SystemExit(traceback.format_exc() + "\\n".join([*told, str(limits)]))
+    model(ids, labels=ids).loss.backward()
     print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
 assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 """
-        gc.collect()  # the models of the tests before, so that both have room
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-            | {"OMP_NUM_THREADS": "1"},  # a thread has a heap and a stack
-            capture_output=True,
-            text=True,
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr
         short, long = (1024 * int(line) for line in done.stdout.split())
         assert self.TOKENS * 96 * 4 < long - short < self.TOKENS * (1000 + 10 * 96) * 4
