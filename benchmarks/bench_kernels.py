@@ -137,15 +137,6 @@ def bench(
     return rows, wrong
 
 
-def quantized_in_torch(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, two a byte; absmax) of whole blocks, all of them at once."""
-    blocks = w.float().view(-1, nf4.BLOCK)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1 / absmax.clamp(min=nf4.SMALLEST))[:, None]
-    codes = torch.bucketize(scaled.view(-1), nf4.bounds(w.device), out_int32=True).to(torch.uint8)
-    return codes[::2] << 4 | codes[1::2], absmax
-
-
 def dequantized_in_torch(parts: nf4.NF4, dtype: torch.dtype) -> Tensor:
     codes = torch.stack([parts.packed >> 4, parts.packed & 15], 1).int()
     values = nf4.levels(codes.device)[codes].view(-1, nf4.BLOCK) * nf4.scales(parts)[:, None]
@@ -159,7 +150,7 @@ def nf4_runs(weight: Tensor, device: str) -> dict[str, dict[str, Run]]:
     quantized = lora.LinearNF4.from_module(layer)
     parts, flat = quantized.weight.parts, weight.view(-1)
     runs: dict[str, dict[str, Run]] = {
-        "quantize": {"torch": lambda: quantized_in_torch(flat)},
+        "quantize": {"torch": lambda: nf4.quantize_blocks(flat.float())},
         "dequantize": {"torch": lambda: (dequantized_in_torch(parts, weight.dtype),)},
     }
     if device == "cuda":

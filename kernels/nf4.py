@@ -108,8 +108,12 @@ def _constant(table: Tensor, device: torch.device) -> Tensor:
 
 def _fused(tensor: Tensor) -> bool:
     """Whether triton_nf4.py does it: on a GPU, unless LORA_KERNELS=torch, or Triton is not there."""
-    wanted = tensor.is_cuda and os.environ.get("LORA_KERNELS") != "torch"
-    return wanted and importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and os.environ.get("LORA_KERNELS") != "torch" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def quantize(weight: Tensor) -> NF4:
@@ -120,22 +124,21 @@ def quantize(weight: Tensor) -> NF4:
     absmax = w.new_empty(blocks, dtype=torch.float32)
     done = 0
     if _fused(w):
-        from .triton_nf4 import quantize_blocks
+        from . import triton_nf4
 
-        quantize_blocks(w, packed, absmax)
+        triton_nf4.quantize_blocks(w, packed, absmax)
         done = w.numel() // BLOCK  # all but a shorter last one
     for start in range(done, blocks, _CHUNK):
         chunk = w[start * BLOCK : (start + _CHUNK) * BLOCK]
-        codes, absmax[start : start + _CHUNK] = _quantize_blocks(chunk.float())
         bytes_ = slice(start * BLOCK // 2, (start + _CHUNK) * BLOCK // 2)
-        packed[bytes_] = codes[::2] << 4 | codes[1::2]
+        packed[bytes_], absmax[start : start + _CHUNK] = quantize_blocks(chunk.float())
     offset = absmax.mean() if blocks else absmax.new_zeros(())
     nested, nested_absmax = _nest(absmax - offset)
     return NF4(packed, nested, nested_absmax, offset.reshape(1))
 
 
-def _quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, an even number of them, absmax) of fp32 (n,)."""
+def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(packed codes, absmax) of fp32 (n,), all blocks at once."""
     full = w.numel() // BLOCK * BLOCK
     whole, rest = w[:full].view(-1, BLOCK), w[full:]
     absmax = whole.abs().amax(1)
@@ -145,8 +148,8 @@ def _quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax, largest[None]])
         scaled = torch.cat([scaled, rest / largest])
     scaled = F.pad(scaled.clamp_(-1, 1), (0, w.numel() % 2))
-    codes = torch.bucketize(scaled, bounds(w.device), out_int32=True)
-    return codes.to(torch.uint8), absmax
+    codes = torch.bucketize(scaled, bounds(w.device), out_int32=True).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2], absmax
 
 
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,13 +102,6 @@ class NF4Tensor(Tensor):
         """Of what it holds."""
         return sum(part.nbytes for part in self.parts if part is not None)
 
-    def elements_at(self, indices: tuple[Tensor, ...]) -> Tensor:
-        """Those at these indices of every dimension, rounded to this dtype; no others are read."""
-        strides = self.stride()
-        flat = sum(index * stride for index, stride in zip(indices, strides, strict=True))
-        found: Tensor = nf4.at(self.parts, torch.as_tensor(flat)).to(self.dtype)
-        return found
-
     def _dense(self, into: Tensor | None = None) -> Tensor:
         """The elements, in the flat memory of `into` if it is given."""
         if type(self.packed) is not Tensor:  # traced: the loop over blocks must not be
@@ -362,9 +355,9 @@ def _slice(
     start, end, step = slice(start, end, step).indices(weight.shape[dim])
     if (start, end, step) == (0, weight.shape[dim], 1):
         return _alias(func, weight)
-    rows = (
-        _rows(weight, start, max(start, end)) if dim in (0, -weight.dim()) and step == 1 else None
-    )
+    if dim not in (0, -weight.dim()) or step != 1:
+        return NotImplemented
+    rows = _rows(weight, start, max(start, end))
     return NotImplemented if rows is None else rows
 
 

@@ -156,17 +156,20 @@ class LoRALayer(_Module):
             A, B = self.factors()
             return self._delta(A.to(dtype), B.to(dtype)) * self.scaling
 
-    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight + update in weight's shape and in dtype (None: weight's), rounded once.
+    def merged_weight(self) -> Tensor:
+        """weight + update in weight's shape and dtype, rounded once; a new tensor, detached.
 
-        A new tensor, detached and dense: of a 4-bit weight, the sum with its dequantised elements.
+        ValueError for a 4-bit weight (see `lora.unpatch`).
         """
+        if isinstance(self.weight, NF4Tensor):
+            raise ValueError(
+                "the weight is of 4 bits, in which an update would be lost: "
+                "lora.unpatch(model, merge=True, dtype=...) merges into dense weights"
+            )
         with torch.inference_mode(False), torch.no_grad():
-            frozen = self.weight.detach()
-            if isinstance(frozen, NF4Tensor):
-                frozen = frozen.dequantize()
-            merged = torch.empty_like(frozen, dtype=dtype or frozen.dtype)
-            return merged.copy_(frozen if self.r == 0 else self.delta_weight().add_(frozen))
+            if self.r == 0:
+                return self.weight.detach().clone()
+            return torch.empty_like(self.weight).copy_(self.delta_weight().add_(self.weight))
 
     @property
     def _dropout_p(self) -> float:
@@ -250,14 +253,8 @@ class LoRALayer(_Module):
         """The plain torch module on the same Parameters: the inverse of `from_module`.
 
         With merge=True its weight is a new Parameter, weight + update. A layer that was built by
-        its constructor gives the torch class that it extends. ValueError for merging into a 4-bit
-        weight (see `lora.unpatch`).
+        its constructor gives the torch class that it extends.
         """
-        if merge and isinstance(self.weight, NF4Tensor):
-            raise ValueError(
-                "the weight is of 4 bits, in which an update would be lost: "
-                "lora.unpatch(model, merge=True, dtype=...) merges into dense weights"
-            )
         refuse_sharded(
             self, "no plain module can take over from the engine", "save the adapter instead"
         )

@@ -149,8 +149,8 @@ class TestElements:
         into.copy_(q)
         assert torch.equal(into, dense)
         rows, columns = torch.randint(192, (50,)), torch.randint(128, (50,))
-        assert torch.equal(q.elements_at((rows, columns)), dense[rows, columns])
-        assert torch.equal(q.t().elements_at((columns, rows)), dense[rows, columns])
+        assert torch.equal(q[rows, columns], dense[rows, columns])
+        assert torch.equal(q.t()[columns, rows], dense[rows, columns])
 
     def test_products_share_one_buffer(self):
         small, large = quantized(64, 64), quantized(256, 128)
