@@ -258,7 +258,10 @@ def _on_elements(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
                 f"{name} would write to an NF4 weight, which is frozen: dequantize() it, or train an "
                 "adapter"
             )
-    reuse = name in _PRODUCTS
+    weights = [
+        t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, NF4Tensor)
+    ]
+    reuse = name in _PRODUCTS and len(weights) == 1  # two would share the buffer
 
     def dense(value: Any) -> Any:
         if not isinstance(value, NF4Tensor):

@@ -18,7 +18,7 @@ from torch import nn
 
 import lora
 from lora._base import lora_layers
-from lora.adapter import check, files, read_adapter
+from lora.adapter import check, files, merged_folder, read_adapter
 from lora.adapter import merge as merging
 from lora.adapter.checkpoint import Checkpoint
 from lora.adapter.contents import DTYPES, Adapter, AdapterError, Layer
@@ -383,7 +383,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merging, "_to_disk", full)
+    monkeypatch.setattr(merged_folder, "_to_disk", full)
     with pytest.raises(OSError, match=r"checkpoint .*out: No space left .*; nothing was left"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert_nothing_left(tmp_path / "out")

@@ -152,6 +152,11 @@ class TestElements:
         assert torch.equal(q[rows, columns], dense[rows, columns])
         assert torch.equal(q.t()[columns, rows], dense[rows, columns])
 
+    @pytest.mark.parametrize("product", [torch.mm, F.linear, lambda a, b: torch.addmm(a, a, b)])
+    def test_a_product_of_two_has_each_in_memory_of_its_own(self, product):
+        a, b = quantized(64, 64), quantized(64, 64)
+        assert torch.equal(product(a, b), product(a.dequantize(), b.dequantize()))
+
     def test_products_share_one_buffer(self):
         small, large = quantized(64, 64), quantized(256, 128)
         _buffers.by_place.clear()
