@@ -23,11 +23,13 @@ on a GPU. Read but not written: scales that are plain fp32 (no offset). Not hand
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCK, GROUP = 64, 256  # weights with one absmax, blocks with one nested absmax
 LEVELS = (
@@ -56,54 +58,62 @@ class NF4(NamedTuple):
     first: Tensor | None = None
 
 
-@functools.cache
-def levels(device: torch.device) -> Tensor:
-    """The sixteen values of a code, fp32, ascending."""
-    return _constant(torch.tensor(LEVELS), device)
+def _table(build: Callable[[], Tensor]) -> Callable[[torch.device], Tensor]:
+    """What `build` makes on the CPU, once for each device, whatever modes are on at the first time."""
+
+    @functools.cache
+    def on(device: torch.device) -> Tensor:
+        with _disable_current_modes(), torch.inference_mode(False):
+            return build().to(device)
+
+    return functools.update_wrapper(on, build)
 
 
-@functools.cache
-def bounds(device: torch.device) -> Tensor:
-    """The fifteen midpoints between levels, fp32; what lies on one counts as below it."""
-    return _constant(_midpoints(torch.tensor(LEVELS)), device)
-
-
-@functools.cache
-def dynamic(device: torch.device) -> Tensor:
-    """The 256 values of a nested code, fp32, ascending."""
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        fractions = _midpoints(edges)
-        for sign in (1, -1):
-            values += (sign * 10.0 ** (decade - 6) * fractions).tolist()
-    return _constant(torch.tensor(sorted(values), dtype=torch.float32), device)
-
-
-@functools.cache
-def _pairs(device: torch.device) -> Tensor:
-    """The two levels of every byte, fp32, as one int64."""
-    table = torch.tensor(LEVELS)
-    return _constant(torch.stack([table.repeat_interleave(16), table.repeat(16)], 1), device).view(
-        torch.int64
-    )
-
-
-@functools.cache
-def _nearest(device: torch.device) -> Tensor:
-    """The nested code of every point of the grid over [-1, 1], uint8."""
-    grid = torch.arange(_GRID + 1, dtype=torch.float64) / _GRID * 2 - 1
-    midpoints = _midpoints(dynamic(torch.device("cpu"))).double()
-    return _constant(torch.bucketize(grid, midpoints).to(torch.uint8), device)
+def _values(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _midpoints(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
 
 
-def _constant(table: Tensor, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # whose tensors autograd takes nowhere else
-        return table.to(device)
+@_table
+def levels() -> Tensor:
+    """The sixteen values of a code, fp32, ascending."""
+    return _values(LEVELS)
+
+
+@_table
+def bounds() -> Tensor:
+    """The fifteen midpoints between levels, fp32; what lies on one counts as below it."""
+    return _midpoints(_values(LEVELS))
+
+
+@_table
+def dynamic() -> Tensor:
+    """The 256 values of a nested code, fp32, ascending."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
+        fractions = _midpoints(edges)
+        for sign in (1, -1):
+            values += (sign * 10.0 ** (decade - 6) * fractions).tolist()
+    return _values(sorted(values))
+
+
+@_table
+def _pairs() -> Tensor:
+    """The two levels of every byte, fp32, as one int64."""
+    table = _values(LEVELS)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).view(torch.int64)
+
+
+@_table
+def _nearest() -> Tensor:
+    """The nested code of every point of the grid over [-1, 1], uint8."""
+    grid = torch.arange(_GRID + 1, dtype=torch.float64, device="cpu") / _GRID * 2 - 1
+    midpoints = _midpoints(dynamic(grid.device)).double()
+    return torch.bucketize(grid, midpoints).to(torch.uint8)
 
 
 def _fused(tensor: Tensor) -> bool:

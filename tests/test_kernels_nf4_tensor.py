@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora.kernels import explain, lora_linear
-from lora.kernels.nf4_tensor import NF4Tensor, _buffers
+from lora.kernels.nf4_ops import _buffers
+from lora.kernels.nf4_tensor import NF4Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
