@@ -57,10 +57,14 @@ def load_pretrained(
     Raises AdapterError before anything is read, by name: tensors that are missing, of another shape,
     or of 4 bits where the model's are not, a LoftQ layer without its dense weight, Parameters that are
     not on the meta device, buffers that cannot be made. Later for a weight that is not finite.
-    ValueError for a sharded model. The model is then as it was.
+    ValueError for a sharded model, or the meta device. The model is then as it was.
     """
     checkpoint = Checkpoint(folder)
     place = torch.empty(0, device="cpu" if device is None else device).device  # with its number
+    if place.type == "meta":
+        raise ValueError(
+            "device='meta' has no values: expected one with memory, or None for the CPU"
+        )
     model = inner_model(model)
     refuse_sharded(
         model, "this fills whole tensors", "lora.distributed.load_sharded fills its parts"
@@ -153,7 +157,10 @@ def _misfit(name: str, source: Source, checkpoint: Checkpoint) -> str | None:
     if not checkpoint.is_quantized(key):
         return None
     if not is_quantized(parameter):
-        return f"{key} is of 4 bits, in the model it is dense: patch that with quantize='nf4'"
+        return (
+            f"{key} is of 4 bits, in the model it is dense: patch that with quantize='nf4', or, if it "
+            "is the output head, load the model with from_pretrained (and bitsandbytes), then patch it"
+        )
     if any(begins_as(layer.variant, "loftq") for layer in _fresh(source)):
         return (
             f"{key} is of 4 bits, and its layer has init_lora_weights='loftq', which begins as what "

@@ -22,8 +22,9 @@ def to_quantize(
 ) -> dict[str, nn.Module]:
     """The linear layers of a plain `model` that `scheme` quantises, by all their names.
 
-    All but the output head, as "all-linear" means it, and those in `kept` modules; bitsandbytes' among
-    them. Raises ValueError, by name, for a weight that cannot be quantised, or if there is none.
+    All but the output head, as "all-linear" means it, and those in `kept` modules; and all that are
+    bitsandbytes' already. Raises ValueError, by name, for a weight that cannot be quantised, or if
+    there is none.
     """
     if scheme is None:
         return {}
@@ -31,11 +32,12 @@ def to_quantize(
         raise ValueError(f"quantize={scheme!r}: expected one of {SCHEMES}, or None")
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = {id(inner) for module in kept for inner in module.modules()}
+    linear = set(linear_names(model, modules))
     found = {
-        name: modules[name]
-        for name in linear_names(model, modules)
-        if id(modules[name]) not in inside
-        and (type(modules[name]) is nn.Linear or is_linear4bit(modules[name]))
+        name: module
+        for name, module in modules.items()
+        if id(module) not in inside
+        and (is_linear4bit(module) or (name in linear and type(module) is nn.Linear))
     }
     ours = any(isinstance(module, LinearNF4) for module in modules.values())
     if not found and not ours:
@@ -75,7 +77,7 @@ def quantize_in_place(model: nn.Module, names: Collection[str]) -> None:
             done[key] = _quantized(model.get_submodule(name))
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, done[key])
-    _unmark(model)
+    unmark(model)
 
 
 def _quantized(layer: nn.Module) -> nn.Module:
@@ -85,15 +87,22 @@ def _quantized(layer: nn.Module) -> nn.Module:
 
 
 # By what transformers knows a model that it has loaded in 4 bits: its Trainer refuses such a one unless
-# it is PEFT's, and it cannot be moved.
-_MARKS = ("is_quantized", "is_loaded_in_4bit", "quantization_method", "hf_quantizer")
+# it is PEFT's, it cannot be moved, and what it would write is not what our layers hold.
+_MARKS = (
+    *("is_quantized", "is_loaded_in_4bit", "quantization_method", "hf_quantizer"),
+    "_weight_conversions",  # those of reading, which saving reverts: bitsandbytes' cannot be
+)
 
 
-def _unmark(model: nn.Module) -> None:
+def unmark(model: nn.Module) -> None:
     """Take these marks away, when none of the layers is bitsandbytes' any more."""
-    if model.__dict__.get("is_loaded_in_4bit") and not any(map(is_linear4bit, model.modules())):
+    if any(map(is_linear4bit, model.modules())):
+        return
+    if model.__dict__.get("is_loaded_in_4bit"):
         for mark in _MARKS:
             model.__dict__.pop(mark, None)
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+    config: Any = getattr(model, "config", None)
+    said = getattr(config, "quantization_config", None)
+    said = said if isinstance(said, dict) else vars(said) if said is not None else {}
+    if said.get("load_in_4bit") or said.get("_load_in_4bit"):
+        del config.quantization_config

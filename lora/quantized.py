@@ -207,10 +207,17 @@ def from_entries(entries: Mapping[str, Any]) -> NF4Tensor:
     if kinds != ["nf4"]:
         raise ValueError(f"quantised as {', '.join(kinds) or 'something unknown'}: expected nf4")
     described = json.loads(bytes(entries[f"{STATE}nf4"].tolist()))
-    codes = entries[""]
-    if codes is None:
-        raise ValueError("the codes, `weight`, are missing beside their scales")
+    codes, absmax = entries[""], entries.get("absmax")
+    if codes is None or absmax is None:
+        missing = "codes, `weight`" if codes is None else "scales, absmax"
+        raise ValueError(f"the {missing}, are missing beside the other parts")
     nested = "nested_absmax" in entries
+    if nested != ("nested_offset" in described) or absmax.dtype.is_floating_point == nested:
+        raise ValueError(
+            f"absmax is of {absmax.dtype}, nested_absmax is {'there' if nested else 'missing'}, and "
+            f"nested_offset is {described.get('nested_offset')}: expected codes (uint8) with both, or "
+            "floating-point values with neither"
+        )
     expected = {"quant_type": "nf4", "blocksize": BLOCK}
     expected |= {"nested_blocksize": GROUP, "nested_dtype": "float32"} if nested else {}
     for key, value in expected.items():
@@ -224,7 +231,7 @@ def from_entries(entries: Mapping[str, Any]) -> NF4Tensor:
             raise ValueError(f"{key} is not the one of NF4: quantised by a changed bitsandbytes")
     shape, dtype = tuple(described["shape"]), getattr(torch, described["dtype"])
     packed = codes.contiguous().view(torch.uint8).reshape(-1)
-    absmax, like = entries["absmax"], NF4Tensor.empty(shape, dtype, torch.device("meta"))
+    like = NF4Tensor.empty(shape, dtype, torch.device("meta"))
     nested_absmax = offset = None
     if nested:
         nested_absmax = entries["nested_absmax"]

@@ -122,7 +122,7 @@ LAYERS = {  # who may import whom inside lora/: only what stands in an earlier r
     "summary": 4,
     "quantize": 3,
     "patch": 4,
-    "unpatch": 5,
+    "unpatch": 7,
     "phi3": 5,
     "adapter.contents": 5,
     "adapter.fingerprint": 6,

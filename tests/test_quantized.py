@@ -422,6 +422,21 @@ class TestBitsandbytesLayers:
             lora.patch(model, ["0"], r=2, lora_alpha=4)
 
 
+def other_values(base):
+    return {name: torch.randn_like(value) for name, value in base.state_dict().items()}
+
+
+def with_last(what):
+    """The original weights, but for one of them."""
+
+    def changed(base):
+        state, name = base.state_dict(), "model.layers.1.mlp.down_proj.weight"
+        nan = torch.full_like(state[name], torch.nan)
+        return {**state, name: nan if what == "nan" else nan.to("meta")}
+
+    return changed
+
+
 class TestUnpatch:
     def test_without_merging_the_4_bit_base_is_back(self, make, fill_factors, ids):
         model, _ = make()
@@ -484,6 +499,24 @@ class TestUnpatch:
         ("options", "words"),
         [
             ({"merge": True, "dtype": torch.int8}, r"dtype=torch.int8"),
+            ({"merge": True, "dtype": "bfloat16"}, r"dtype='bfloat16'"),
+            ({"merge": True, "dtype": torch.float8_e4m3fn}, r"pass one of .*torch.bfloat16"),
+            (
+                {"merge": True, "dtype": torch.float32, "base": lambda base: base},
+                r"base is a Phi3ForCausalLM: expected original.state_dict\(\)",
+            ),
+            (
+                {"merge": True, "dtype": torch.float32, "base": other_values},
+                r"base: another base model: the frozen weights of 8 of 8 layers",
+            ),
+            (
+                {"merge": True, "dtype": torch.float32, "base": with_last("nan")},
+                r"base\['model.layers.1.*down_proj.weight'\] has a NaN",
+            ),
+            (
+                {"merge": True, "dtype": torch.float32, "base": with_last("meta")},
+                r"base\['model.layers.1.*down_proj.weight'\] is on the meta device",
+            ),
             ({"dtype": torch.float32}, r"dtype is for merging into 4-bit weights, and merge is F"),
             (
                 {"merge": True, "dtype": torch.float32, "base": {}},
@@ -492,10 +525,26 @@ class TestUnpatch:
         ],
     )
     def test_arguments_that_do_not_fit(self, options, words, make):
-        model, _ = make()
+        model, base = make()
+        if callable(options.get("base")):
+            options = {**options, "base": options["base"](base)}
         before = dict(model.named_modules())
         with pytest.raises(ValueError, match=words):
             lora.unpatch(model, **options)
+        assert dict(model.named_modules()) == before
+
+    @pytest.mark.parametrize("quantize", [None, "nf4"])
+    def test_a_weight_beyond_float16_is_refused_first(self, quantize, make_phi3):
+        dtype = {} if quantize is None else {"dtype": torch.float16}
+        model = make_phi3().to(torch.float16 if quantize is None else torch.bfloat16)
+        lora.patch_phi3(model, 4, 8, 0.0, "all-linear", quantize=quantize)
+        last = model.model.layers[1].mlp.down_proj
+        with torch.no_grad():
+            last.lora_A.fill_(300)
+            last.lora_B.fill_(300)
+        before = dict(model.named_modules())
+        with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: .* beyond torch.float16"):
+            lora.unpatch(model, merge=True, **dtype)
         assert dict(model.named_modules()) == before
 
     def test_a_dtype_for_a_dense_model_is_refused(self, make_phi3):

@@ -127,11 +127,11 @@ CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
-        ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_8bit"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"bnb_4bit_quant_type": None}, "bnb_4bit_quant_type"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4'"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit=False"),
+        ({"quant_method": "gptq", "bits": 4}, "quant_method='gptq'"),
+        ({"quant_method": "awq"}, "quant_method='awq'"),
+        ({"bnb_4bit_quant_type": None}, "bnb_4bit_quant_type=None"),
     ],
     ids=["fp4", "int8", "gptq", "awq", "unsaid"],
 )
@@ -139,7 +139,7 @@ def test_other_quantisations_are_refused_by_name(tmp_path, change, found):
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     config = {"quantization_config": CONFIG | change}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    match = rf"quantization_config=.*{found}.*expected .*not quantised, or .*'nf4'; give the base"
+    match = rf"quantised with {found}: expected .*not quantised, or .*'nf4'; give the base"
     with pytest.raises(AdapterError, match=match):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CONFIG}))
@@ -161,14 +161,22 @@ def stored_parts(**changes):
 def text(**changes):
     said = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [8, 64]}
     said |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1, **changes}
+    said = {key: value for key, value in said.items() if value is not None}
     return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+
+
+PLAIN = text(nested_blocksize=None, nested_dtype=None, nested_offset=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"nested_absmax": None}, "nested"),
-        ({"weight.absmax": None}, "'absmax' is missing"),
+        ({"weight.nested_absmax": None}, "nested_absmax is missing"),
+        (
+            {"weight.nested_absmax": None, "weight.absmax": torch.ones(9), "__nf4": PLAIN},
+            "absmax has 9 elements",
+        ),
+        ({"weight.absmax": None}, "the scales, absmax, are missing"),
         ({"a.weight": None}, "the codes, `weight`, are missing"),
         ({"__nf4": text(blocksize=128)}, "blocksize=128: expected 64"),
         ({"__nf4": text(shape=[9, 64])}, "packed has 256 elements: a weight .9, 64. has 288"),
@@ -177,9 +185,6 @@ def text(**changes):
     ],
 )
 def test_damaged_parts_are_refused_when_a_checkpoint_is_opened(tmp_path, changes, match):
-    if "nested_absmax" in changes:  # then the scales must be fp32
-        changes = {"weight.nested_absmax": None, "weight.absmax": torch.ones(9)}
-        match = "absmax has 9 elements"
     save_file(stored_parts(**changes), tmp_path / "model.safetensors")
     with pytest.raises(AdapterError, match=rf"the 4-bit weight 'a\.weight' of .*{match}"):
         Checkpoint(tmp_path)
@@ -725,3 +730,102 @@ def test_merging_holds_a_few_layers(tmp_path, form):
     grown, layer = map(int, done.stdout.split())
     print(f"grown {grown / 1e6:.1f} MB, layer {layer / 1e6:.1f} MB")
     assert grown < 4 * layer
+
+
+# A model that transformers read in 4 bits, as it is saved again
+
+
+def of_4_bits(layer):
+    return type(layer).__name__ in ("Linear4bit", "LinearNF4")
+
+
+@pytest.mark.parametrize("name", ["nested", "plain"])
+def test_a_4_bit_base_that_was_read_is_saved_again(folders, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    model = load_4bit(folders, name)
+    options = model.config.quantization_config
+    ids = torch.arange(3, 15)[None]
+    want = model.eval()(ids).logits
+    lora.unpatch(patched(model))
+    assert not hasattr(model.config, "quantization_config")
+    model.config.quantization_config = options
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu").eval()
+    assert torch.equal(again(ids).logits, want)
+
+
+@pytest.mark.parametrize("read", [load_4bit, meta_model], ids=["transformers", "load_pretrained"])
+def test_it_is_merged_and_saved(folders, tmp_path, fill_factors, read):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = read(folders)
+    if read is meta_model:
+        model.config = AutoConfig.from_pretrained(folders / "nested")
+    patched(model)
+    if read is meta_model:
+        lora.load_pretrained(model, folders / "nested")
+    ids = torch.arange(3, 15)[None]
+    want = fill_factors(model, std=0.05).eval()(ids).logits
+    lora.unpatch(model, merge=True, dtype=BF16).save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(merged(ids).logits, model(ids).logits)
+    assert (merged(ids).logits - want).norm() < 0.02 * want.norm()
+
+
+def test_layers_that_stay_bitsandbytes_are_merged_to_dense_ones_too(folders, fill_factors):
+    model = load_4bit(folders)
+    lora.patch(model, ["qkv_proj"], r=4, lora_alpha=8)
+    down = model.model.layers[0].mlp.down_proj
+    want = lora.LinearNF4.from_module(down).weight.dequantize()
+    lora.unpatch(fill_factors(model), merge=True, dtype=BF16)
+    assert not any(map(of_4_bits, model.modules()))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, want)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_4_bit_output_head_is_taken_over(folders, fill_factors):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=BF16,
+        llm_int8_skip_modules=["nothing"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folders / "dense", quantization_config=options, dtype=BF16, device_map="cpu"
+    )
+    ids = torch.arange(3, 15)[None]
+    want = model.eval()(ids).logits
+    patched(model)
+    assert type(model.lm_head) is lora.LinearNF4
+    assert torch.equal(model(ids).logits, want)
+    assert not hasattr(model, "is_loaded_in_4bit")
+    lora.unpatch(model, merge=True, dtype=BF16)
+    assert not any(map(of_4_bits, model.modules()))
+
+
+def test_dense_layers_of_a_4_bit_model_merge_without_a_dtype(folders, fill_factors):
+    model = load_4bit(folders)
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(112, 64, bias=False, dtype=BF16)
+    lora.patch(model, ["layers.0.mlp.down_proj"], r=4, lora_alpha=8)
+    lora.unpatch(fill_factors(model), merge=True)
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert type(model.model.layers[1].mlp.down_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("part", ["nested_absmax", "absmax"])
+def test_a_part_that_is_missing_is_found(folders, tmp_path, part):
+    state = tensors_of(folders / "nested")
+    del state[f"{WEIGHT}.{part}"]
+    model = patched(dense_model(folders))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"{part}.* (is missing|are missing)"):
+        model.load_state_dict(state, strict=False)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(AdapterError, match=rf"{part}.* (is missing|are missing)"):
+        Checkpoint(tmp_path)
+    assert before[WEIGHT].shape == model.state_dict()[WEIGHT].shape
+    assert torch.equal(before[WEIGHT], model.state_dict()[WEIGHT])

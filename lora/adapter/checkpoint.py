@@ -137,10 +137,13 @@ class Checkpoint:
             isinstance(found, dict) and all(found.get(key) == said for key, said in _NF4.items())
         ):
             expected = ", ".join(f"{key}={said!r}" for key, said in _NF4.items())
+            got = found
+            if isinstance(found, dict):
+                unlike = {k: found.get(k) for k, said in _NF4.items() if found.get(k) != said}
+                got = ", ".join(f"{key}={value!r}" for key, value in unlike.items())
             raise AdapterError(
-                f"{path}: quantization_config={found!r}: expected weights that are not quantised, or "
-                f"those of bitsandbytes with {expected}; give the base model that this one was "
-                "quantised from"
+                f"{path}: quantised with {got}: expected weights that are not quantised, or those of "
+                f"bitsandbytes with {expected}; give the base model that this one was quantised from"
             )
         return config
 
