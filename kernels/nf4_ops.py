@@ -128,12 +128,15 @@ def _is_pinned(func: Any, weight: NF4Tensor, device: Any = None) -> bool:
 def _to_copy(
     func: Any, weight: NF4Tensor, *, dtype: Any = None, device: Any = None, **options: Any
 ) -> Any:
+    """On the same codes if only the dtype changes, as in every product under autocast."""
     dtype = dtype or weight.dtype
     if not dtype.is_floating_point:
         return NotImplemented
-    non_blocking = options.get("non_blocking", False)
     place = weight.device if device is None else torch.device(device)
-    moved = weight._each(lambda part: part.to(place, non_blocking=non_blocking, copy=True))
+    moved = weight
+    if place != weight.device or dtype == weight.dtype:
+        non_blocking = options.get("non_blocking", False)
+        moved = weight._each(lambda part: part.to(place, non_blocking=non_blocking, copy=True))
     return NF4Tensor(moved.parts, weight.shape, dtype, weight.transposed)
 
 

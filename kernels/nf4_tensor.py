@@ -7,8 +7,8 @@ the tensor itself. So a product and its backward read 4 bits a weight, and nothi
     F.linear(x, W)      W dequantised, one GEMM, W forgotten; and again for dX = dY W
 
 Products dequantise into one buffer, of this thread, device and stream, as large as the largest weight
-so far. What moves, copies, transposes, or cuts between blocks of rows stays quantised; so does a change
-of dtype, which is the dtype that elements are rounded to. `copy_` quantises, and nothing else writes:
+so far. What moves, copies, transposes, or cuts between blocks of rows stays quantised. So does a change
+of dtype, to which elements are rounded; it shares the codes. `copy_` quantises, and nothing else writes:
 what was taken out otherwise, as `W[0]`, is a dense copy.
 
 Sharded by FSDP2 (`fully_shard`), a process has its rows' codes and nested codes, and all nested scales,

@@ -154,13 +154,14 @@ class TestWrites:
         assert q.nested_absmax is None
         assert torch.equal(q.dequantize(), NF4Tensor.quantize(dense).dequantize())
 
-    def test_conversions_are_copies(self):
+    def test_a_copy_is_one_and_another_dtype_shares_the_codes(self):
         q = quantized()
-        half, same = q.half(), q.to(torch.float32, copy=True)
-        before = half.dequantize(), same.dequantize()
+        same, half = q.to(torch.float32, copy=True), q.half()
+        before = same.dequantize()
+        assert half.packed.data_ptr() == q.packed.data_ptr()
         q.copy_(torch.randn(128, 64))
-        assert torch.equal(half.dequantize(), before[0])
-        assert torch.equal(same.dequantize(), before[1])
+        assert torch.equal(same.dequantize(), before)
+        assert torch.equal(half.dequantize(), NF4Tensor(q.parts, q.shape, torch.half).dequantize())
 
 
 class TestShapes:
