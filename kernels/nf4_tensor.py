@@ -8,8 +8,8 @@ the tensor itself. So a product and its backward read 4 bits a weight, and nothi
 
 Products dequantise into one buffer, of this thread, device and stream, as large as the largest weight
 so far. What moves, copies, transposes, or cuts between blocks of rows stays quantised. So does a change
-of dtype, to which elements are rounded; it shares the codes. `copy_` quantises, and nothing else writes:
-what was taken out otherwise, as `W[0]`, is a dense copy.
+of dtype, to which elements are rounded; it shares the codes. `copy_` quantises, and nothing else
+writes: what was taken out otherwise, as `W[0]`, is a dense copy.
 
 Sharded by FSDP2 (`fully_shard`), a process has its rows' codes and nested codes, and all nested scales,
 which are 1 / 2,000 of it. Not handled: a gradient of the weight itself.
