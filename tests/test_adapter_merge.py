@@ -590,7 +590,7 @@ def test_folders_that_are_no_base(tmp_path):
         ("[]", "expected a JSON object, got list"),
         (
             '{"quantization_config": {"bits": 4}}',
-            r"quantization_config=\{'bits': 4\}.*not quantised",
+            r"quantised with \{'bits': 4\}.*not quantised",
         ),
     ],
 )

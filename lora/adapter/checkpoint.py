@@ -137,8 +137,8 @@ class Checkpoint:
             isinstance(found, dict) and all(found.get(key) == said for key, said in _NF4.items())
         ):
             expected = ", ".join(f"{key}={said!r}" for key, said in _NF4.items())
-            got = found
-            if isinstance(found, dict):
+            got = repr(found)
+            if isinstance(found, dict) and "quant_method" in found:
                 unlike = {k: found.get(k) for k, said in _NF4.items() if found.get(k) != said}
                 got = ", ".join(f"{key}={value!r}" for key, value in unlike.items())
             raise AdapterError(
