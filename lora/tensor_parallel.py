@@ -54,10 +54,11 @@ def phi3_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     qkv_proj and gate_up_proj are column-parallel, o_proj and down_proj row-parallel, attention has its
     share of the heads; embeddings, norms and lm_head stay whole. Every process must hold the same
-    model, and gets the same output. `parallelize_module` raises ValueError, by the module's name in
-    its block, where the heads or rows do not divide by the mesh.
+    model, and gets the same output. `parallelize_module` raises ValueError (or TypeError), by the
+    module's name and before any change, where the heads or rows do not divide by the mesh, or a layer
+    cannot be dealt.
     """
-    plan: dict[str, ParallelStyle] = {}
+    plan: dict[str, _Style] = {}
     for name in decoder_layers(model):
         prefix = f"{name}." if name else ""
         attention = model.get_submodule(f"{prefix}self_attn")
@@ -68,10 +69,40 @@ def phi3_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         gate_up: Any = model.get_submodule(f"{prefix}mlp.gate_up_proj")
         plan[f"{prefix}mlp.gate_up_proj"] = ColumnParallel([gate_up.out_features // 2] * 2)
         plan[f"{prefix}mlp.down_proj"] = RowParallel()
-    return plan
+    together = [(name, model.get_submodule(name), style) for name, style in plan.items()]
+    for style in plan.values():
+        style.together = together
+    return {**plan}
 
 
-class ColumnParallel(ParallelStyle):
+class _Style(ParallelStyle):
+    """How a module is dealt over a mesh.
+
+    together: all (name, module, style) of its plan, which are checked before the first is dealt.
+    """
+
+    together: Sequence[tuple[str, nn.Module, _Style]] = ()
+
+    def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        """ValueError or TypeError if `module` cannot be dealt."""
+        raise NotImplementedError
+
+    def deal(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        raise NotImplementedError
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        together, self.together = self.together, ()
+        for name, other, style in together:
+            style.together = ()
+            try:
+                style.check(other, device_mesh)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}; nothing was dealt") from error
+        self.check(module, device_mesh)
+        return self.deal(module, device_mesh)
+
+
+class ColumnParallel(_Style):
     """Rows of the weight and of lora_B are dealt; every process has x, and a share of each part of y.
 
     splits: rows of the parts of a fused projection, each of which is dealt; None is one part.
@@ -80,31 +111,43 @@ class ColumnParallel(ParallelStyle):
     def __init__(self, splits: Sequence[int] | None = None) -> None:
         self.splits = None if splits is None else tuple(splits)
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _columns(self, module: nn.Module, mesh: DeviceMesh) -> _Columns:
         splits = self.splits
         if splits is None:
             splits = getattr(module, "out_splits", None) or (module.out_features,)  # type: ignore[assignment]
-        return _Columns(device_mesh, tuple(splits or ())).shard(module)
+        return _Columns(mesh, tuple(splits or ()))
+
+    def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        self._columns(module, mesh).check(module)
+
+    def deal(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return self._columns(module, mesh).shard(module)
 
 
-class RowParallel(ParallelStyle):
+class RowParallel(_Style):
     """Columns of the weight, and of lora_A, are dealt; x is a share, y the same in every process."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return _Rows(device_mesh).shard(module)
+    def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        _Rows(mesh).check(module)
+
+    def deal(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return _Rows(mesh).shard(module)
 
 
-class LocalHeads(ParallelStyle):
+class LocalHeads(_Style):
     """Phi-3's attention, with the heads that this process has."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        attention: Any = module
-        config, n = copy.copy(attention.config), device_mesh.size()
+    def check(self, module: nn.Module, mesh: DeviceMesh) -> None:
         for own in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(config, own)
+            heads, n = getattr(module.config, own), mesh.size()
             if heads % n:
                 raise ValueError(f"{own}={heads} on {n} processes: expected a multiple of {n}")
-            config.__dict__[own] = heads // n
+
+    def deal(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        attention: Any = module
+        config, n = copy.copy(attention.config), mesh.size()
+        for own in ("num_attention_heads", "num_key_value_heads"):
+            config.__dict__[own] = getattr(config, own) // n
         attention.config = config  # of its own: the model's stays whole
         for own in ("num_heads", "num_attention_heads", "num_key_value_heads"):
             if own in attention.__dict__:
@@ -130,13 +173,7 @@ class _Parallel:
         return None
 
     def check(self, module: nn.Module) -> None:
-        raise NotImplementedError
-
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def shard(self, module: nn.Module) -> nn.Module:
-        """Make the Parameters DTensors, with the values of the first process; nothing if it raises."""
+        """ValueError or TypeError if `module` cannot be dealt."""
         if is_quantized(module._parameters.get("weight")):
             raise ValueError(
                 f"{type(module).__name__} has a 4-bit weight, whose blocks tensor parallelism would "
@@ -155,7 +192,12 @@ class _Parallel:
             raise ValueError(f"{type(module).__name__} is sharded already: parallelize it first")
         if getattr(module, "fan_in_fan_out", False):
             raise ValueError("fan_in_fan_out=True: expected a weight that is stored as (out, in)")
-        self.check(module)
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def shard(self, module: nn.Module) -> nn.Module:
+        """Make the Parameters DTensors, with the values of the first process."""
         dealt: dict[str, Any] = {}
         for own, parameter in module._parameters.items():
             if parameter is not None:
@@ -247,6 +289,7 @@ class _Columns(_Parallel):
         return _dealing(sizes, self.size)
 
     def check(self, module: nn.Module) -> None:
+        super().check(module)
         linear: Any = module
         parts = getattr(linear, "out_splits", None) or self.splits
         if parts != self.splits or sum(parts) != linear.out_features:
@@ -276,6 +319,7 @@ class _Rows(_Parallel):
         return Shard(1) if own in ("weight", *_FACTORS_A) else Replicate()
 
     def check(self, module: nn.Module) -> None:
+        super().check(module)
         linear: Any = module
         if linear.in_features % self.size:
             raise ValueError(
