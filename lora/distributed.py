@@ -8,6 +8,7 @@ of them, in any number of processes; `load_sharded` fills a model that was built
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from ._base import LoRALayer, lora_layers
 from .adapter.check import row_blocks
 from .adapter.checkpoint import Checkpoint
 from .adapter.contents import listed
-from .pretrained import Source, sources
+from .full import originals
+from .pretrained import Named, Source, sources
 from .quantized import is_quantized
 from .sharded import (
+    all_or_none,
     assign,
     assign_to,
     gatherer,
@@ -52,12 +55,14 @@ class TrainingState:
     So a run of two processes goes on in four, or in one, or under another engine. The adapter is
     small: every process gathers all of it, and torch.distributed.checkpoint writes each tensor once.
     Both calls are collectives. `state_dict()` holds what `torch.load` reads with weights_only=True.
+    Neither changes the training: of an optimizer that has made no step, zeros are saved.
 
     Args:
         model: patched; plain, in DistributedDataParallel, or sharded by FSDP2 or tensor parallelism.
-        optimizer: of the model's Parameters.
+        optimizer: of the model's Parameters, in the same groups in every run that goes on.
 
-    `load_state_dict` raises ValueError, before any change, for names or shapes of another adapter.
+    `load_state_dict` raises ValueError, before any change, for names or shapes of another adapter, and
+    for another optimizer's state or groups.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -71,12 +76,24 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         reshard(self.model)
-        gathered, options = gatherer(self.model), StateDictOptions(full_state_dict=True)
-        found = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        gathered = gatherer(self.model)
         return {
             "parameters": {name: gathered(p) for name, p in self._parameters().items()},
-            "optimizer": self._ordered(found, inverse=False),
+            "optimizer": self._ordered(self._of_optimizer(), inverse=False),
         }
+
+    def _of_optimizer(self) -> dict[str, Any]:
+        """Its state by the names of Parameters; with zeros, if it has made no step yet."""
+        options, begun = StateDictOptions(full_state_dict=True), bool(self.optimizer.state)
+        with _no_gradients(self.optimizer):  # torch makes such a state by a step with lr and dY = 0
+            found: Any = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if not begun:
+            self.optimizer.state.clear()
+            for values in found["state"].values():
+                if torch.is_tensor(values.get("step")):
+                    values["step"].zero_()
+        state: dict[str, Any] = found
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         reshard(self.model)
@@ -91,15 +108,22 @@ class TrainingState:
                 f"a state of another adapter: {listed(sorted(problems))}; patch the model as it was "
                 "patched for that run"
             )
+        problems = _unlike(state["optimizer"], self._of_optimizer())
+        if problems:
+            raise ValueError(
+                f"a state of another optimizer: {listed(sorted(problems))}; make the one of that run, "
+                "with the same groups"
+            )
         orders = self._orders()
         for name, parameter in parameters.items():
             assign(parameter, values[name], orders.get(name))
-        set_optimizer_state_dict(
-            self.model,
-            self.optimizer,
-            self._ordered(state["optimizer"], inverse=True),
-            options=StateDictOptions(full_state_dict=True),
-        )
+        with _no_gradients(self.optimizer):
+            set_optimizer_state_dict(
+                self.model,
+                self.optimizer,
+                self._ordered(state["optimizer"], inverse=True),
+                options=StateDictOptions(full_state_dict=True),
+            )
 
     def _orders(self) -> dict[str, Tensor]:
         """Of the Parameters whose rows tensor parallelism stores in another order, that order."""
@@ -128,6 +152,34 @@ class TrainingState:
         return {**state, "state": moments}
 
 
+@contextmanager
+def _no_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Set gradients aside: torch makes no state where there are some."""
+    kept = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def _unlike(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """How two optimizers' states differ in what they are of."""
+    groups = [[sorted(g["params"]) for g in state["param_groups"]] for state in (there, here)]
+    problems = []
+    if len(groups[0]) != len(groups[1]):
+        problems.append(f"{len(groups[0])} groups of Parameters, here {len(groups[1])}")
+    elif groups[0] != groups[1]:
+        problems.append("its groups have other Parameters")
+    for name in there["state"].keys() & here["state"].keys():
+        kept, wanted = (sorted(state["state"][name]) for state in (there, here))
+        if kept != wanted:
+            problems.append(f"of {name} it has {kept}, here {wanted}")
+    return problems
+
+
 def load_sharded(
     model: nn.Module, folder: str | Path, device: torch.device | str | None = None
 ) -> None:
@@ -154,21 +206,22 @@ def load_sharded(
     Raises AdapterError before anything is read: a folder that is no checkpoint, a tensor that is
     missing, of another shape or of 4 bits, a model with 4-bit weights (`lora.load_pretrained` it, then
     shard it), buffers on the meta device, which no checkpoint holds (build their modules outside of
-    it). Call it in every process.
+    it). Call it in every process; if it raises in one then, it raises in all. The originals of
+    `modules_to_save` are whole in every process.
     """
-    checkpoint = Checkpoint(folder)
-    found = sources(list(model.named_modules()), checkpoint, _problems(model))
+    sharded = sharded_tensor(model)
+    modules = [*model.named_modules(), *originals(model)]
+    with nullcontext() if sharded is None else all_or_none(sharded):
+        checkpoint = Checkpoint(folder)
+        found = sources(modules, checkpoint, _problems(modules))
     if device is None:
-        sharded = sharded_tensor(model)
         device = "cpu" if sharded is None else sharded.device_mesh.device_type
         device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else device
-    buffers = {id(b): b for b in model.buffers() if not b.is_meta}
-    kept = [
-        (m, own, b) for m in model.modules() for own, b in m._buffers.items() if id(b) in buffers
-    ]
+    kept = [(m, own, b) for _, m in modules for own, b in m._buffers.items() if b is not None]
     model.to_empty(device=device)
+    for _, module in originals(model):
+        module.to_empty(device=device, recurse=False)
     for module, own, buffer in kept:  # to_empty would lose their values
-        assert buffer is not None
         module._buffers[own] = buffer.to(device)
     for source in found:
         for module, own in source.places[1:]:  # to_empty unties them
@@ -179,16 +232,20 @@ def load_sharded(
             _begin(layer)
 
 
-def _problems(model: nn.Module) -> Iterator[str]:
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            yield f"the buffer {name} is on the meta device, and no checkpoint holds it"
-    for name, parameter in model.named_parameters():
-        if is_quantized(parameter):
-            yield (
-                f"{name} is of 4 bits: fill the model by lora.load_pretrained in every process, and "
-                "shard it then"
-            )
+def _problems(modules: Named) -> Iterator[str]:
+    for path, module in modules:
+        prefix = f"{path}." if path else ""
+        for own, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                yield (
+                    f"the buffer {prefix}{own} is on the meta device, and no checkpoint holds it"
+                )
+        for own, parameter in module._parameters.items():
+            if is_quantized(parameter):
+                yield (
+                    f"{prefix}{own} is of 4 bits: fill the model by lora.load_pretrained in every "
+                    "process, and shard it then"
+                )
 
 
 @torch.no_grad()

@@ -57,6 +57,12 @@ def original(module: nn.Module) -> nn.Module:
     return plain
 
 
+def originals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of all that is in the frozen originals, which are no part of the module tree."""
+    for name, module in full_modules(model):
+        yield from original(module).named_modules(prefix=name)
+
+
 def bring_over(module: nn.Module, reference: nn.Module) -> None:
     """Give the Parameters and buffers of `module` the devices and dtypes of those of `reference`.
 

@@ -4,6 +4,7 @@ One launch runs many cases, because starting takes longer than they do. A later 
 number of processes, goes on from what the earlier ones saved.
 """
 
+import copy
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -35,6 +37,7 @@ CASES = {
             "save_states",
             "load_states",
             "from_meta",
+            "originals",
         ),
         *("memory", "refusals", "evaluates_alone"),
         *("layers_ddp", "layers_fsdp2", "layers_dtensor", "layers_tensor_parallel"),
@@ -148,6 +151,73 @@ def test_the_state_of_one_process_goes_through_torch_save(tmp_path):
     assert steps(model, optimizer, 3) == want
 
 
+def adapted(seed=1, **options):
+    torch.manual_seed(seed)
+    return lora.patch(small(), ["0", "2"], r=2, lora_alpha=4, **options)
+
+
+def test_saving_a_state_before_the_first_step_changes_nothing():
+    model, same = adapted(), adapted()
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, same)]
+    state = copy.deepcopy(lora.distributed.TrainingState(model, optimizers[0]).state_dict())
+    assert not optimizers[0].state
+    want = steps(same, optimizers[1], 3)
+    assert steps(model, optimizers[0], 3) == want
+    model = adapted(seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    lora.distributed.TrainingState(model, optimizer).load_state_dict(state)
+    assert steps(model, optimizer, 3) == want
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_state_is_saved_and_loaded_between_backward_and_step(stepped):
+    model = adapted()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    steps(model, optimizer, 2)
+    state = copy.deepcopy(lora.distributed.TrainingState(model, optimizer).state_dict())
+    want = steps(model, optimizer, 3)
+    model = adapted(seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    if stepped:
+        steps(model, optimizer, 1)
+    model(torch.ones(5, 6)).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    training = lora.distributed.TrainingState(model, optimizer)
+    training.state_dict()
+    training.load_state_dict(state)
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    optimizer.zero_grad()
+    assert steps(model, optimizer, 3) == want
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda m: torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9), r"momentum_buffer"),
+        (lambda m: torch.optim.AdamW(m.parameters(), 1e-2, amsgrad=True), r"max_exp_avg_sq"),
+        (
+            lambda m: torch.optim.AdamW(lora.parameter_groups(m, 1e-2, lr_ratio=4)),
+            r"1 groups of Parameters, here 2",
+        ),
+        (
+            lambda m: torch.optim.AdamW([m[0].lora_A, m[0].lora_B, m[2].lora_A], 1e-2),
+            r"its groups have other Parameters",
+        ),
+    ],
+)
+def test_a_state_of_another_optimizer_changes_nothing(make, words):
+    model, other = adapted(), adapted(seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    steps(model, optimizer, 1)
+    state = lora.distributed.TrainingState(model, optimizer).state_dict()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    wrong = make(other)
+    with pytest.raises(ValueError, match=rf"a state of another optimizer: .*{words}"):
+        lora.distributed.TrainingState(other, wrong).load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+    assert not wrong.state
+
+
 def test_a_state_of_another_adapter_changes_nothing():
     model = lora.patch(small(), ["0"], r=2, lora_alpha=4)
     other = lora.patch(small(), ["0"], r=3, lora_alpha=4)
@@ -172,6 +242,27 @@ def test_a_checkpoint_fills_a_model_from_the_meta_device(tmp_path):
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+
+
+def test_what_trains_in_full_has_its_original_filled(tmp_path):
+    base = small()
+    save_file(base.state_dict(), tmp_path / "model.safetensors")
+    model = small(device="meta")
+    lora.patch(model, ["0"], r=2, lora_alpha=4, modules_to_save=["2"])
+    lora.distributed.load_sharded(model, tmp_path)
+    x = torch.randn(5, 6)
+    with lora.disabled(model):
+        assert torch.equal(model(x), base(x))
+
+
+def test_a_model_in_data_parallel_is_not_unpatched(tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(adapted())
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.* model\.module"):
+            lora.unpatch(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(tmp_path):
