@@ -16,7 +16,7 @@ from .quantize import unmark
 from .quantized import LinearNF4, adoptable, is_linear4bit, is_quantized
 from .sharded import refuse_sharded
 from .state import merged_bias, tied_updates
-from .switch import forget_adapters
+from .switch import forget_adapters, refuse_data_parallel
 from .variants import begins_as
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,14 +47,16 @@ def unpatch(
     Raises ValueError, before any change, if a factor has a value that is not finite or lies on the
     meta device, if a weight to be changed is tied to another module, if an update has a bias
     (`lora_bias`) and its layer none, if a merged weight is beyond float16, if the model is sharded over
-    processes, if it has 4-bit weights and no dtype, and if `base` lacks a weight, is of another model,
-    or has a LoftQ update's (which holds what quantising lost, and would be added twice).
+    processes or in DistributedDataParallel, if it has 4-bit weights and no dtype, and if `base` lacks a
+    weight, is of another model, or has a LoftQ update's (which holds what quantising lost, and would be
+    added twice).
     """
     refuse_sharded(
         model,
         "its engine knows the modules that it has",
         "lora.save_adapter, and `lora merge` on the checkpoint or unpatch in one process",
     )
+    refuse_data_parallel(model)
     quantized = [name for name, module in model.named_modules() if _is_quantized(module)]
     _check_dense(model, quantized, merge, dtype, base)
     report = _Report(dtype, base)
