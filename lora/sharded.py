@@ -193,6 +193,18 @@ def all_or_none(tensor: Any) -> Iterator[None]:
         raise RuntimeError("another process of the job failed to do its part: see its error")
 
 
+def same_as_first(tensor: Any, digest: str) -> bool:
+    """Whether the first process of the tensor's mesh has this hexadecimal digest too. Collective."""
+    import torch.distributed as dist
+
+    mesh = tensor.device_mesh
+    first = torch.tensor([int(digest[:15], 16)], device=mesh.device_type)
+    own = first.clone()
+    for dim in range(mesh.ndim):
+        dist.broadcast(first, group=mesh.get_group(dim), group_src=0)
+    return bool(torch.equal(first, own))
+
+
 @functools.cache
 def say_once(text: str) -> None:
     """Warn, once a process."""

@@ -425,6 +425,25 @@ def from_meta() -> Found:
 
 
 @case
+def originals() -> Found:
+    """What trains in full has its frozen original filled too."""
+    folder, ids = base_folder(phi3()), batch(0)
+    with torch.no_grad():
+        want = phi3()(input_ids=ids, use_cache=False).logits
+    worst = 0.0
+    for name in ("fsdp2", "tensor_parallel"):
+        model = phi3(device="meta")
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        lora.patch_phi3(model, lora_dropout=0.0, modules_to_save=["lm_head"])
+        model = ENGINES[name](model)
+        lora.distributed.load_sharded(model, folder)
+        with torch.no_grad(), lora.disabled(model):
+            got = model(input_ids=ids, use_cache=False).logits
+        worst = max(worst, ((got - want).abs().max() / want.abs().max()).item())
+    return {"logits": worst}
+
+
+@case
 def variants() -> Found:
     """The variants under every engine; what cannot be dealt is refused by name."""
     worst: Found = {"loss": 0.0, "gradient": 0.0}
@@ -518,8 +537,14 @@ def refusals() -> Found:
         fully_shard(lora.Linear(8, 8, 2).eval(), mesh=mesh())
     with refused(ValueError, "merged Linear", "model.train()"):
         parallelize_module(lora.Linear(8, 8, 2).eval(), mesh(), tp.ColumnParallel())
-    with refused(ValueError, "use_dora", "row-parallel"):
-        by_tp(patched(use_dora=True))
+    dora, uneven = patched(use_dora=True), phi3()
+    uneven.model.layers[1].mlp.down_proj = nn.Linear(mesh().size() + 1, 32)
+    with refused(ValueError, "layers.0.self_attn.o_proj", "use_dora", "row-parallel"):
+        by_tp(dora)
+    with refused(ValueError, "model.layers.1.mlp.down_proj: in_features", "nothing was dealt"):
+        by_tp(uneven)
+    assert not any(isinstance(p, DTensor) for m in (dora, uneven) for p in m.parameters())
+    assert uneven.model.layers[0].self_attn.config is uneven.config
     with refused(TypeError, "Conv2d", "lora.Linear"):
         parallelize_module(lora.Conv2d(4, 4, 1, 2), mesh(), tp.RowParallel())
     odd = mesh().size() + 1
@@ -559,11 +584,32 @@ def refusals() -> Found:
         OSError if first else RuntimeError, "it is a file" if first else "another process"
     ):
         lora.save_adapter(model, blocked)
+    with refused(FileNotFoundError if not first else RuntimeError):
+        lora.load_adapter(model, FOLDER / ("one" if first else "nowhere"))
+    two = patched()
+    with torch.no_grad():
+        two.model.layers[0].mlp.down_proj.lora_B.mul_(2)
+    if first:
+        lora.save_adapter(two, FOLDER / "two")
+    dist.barrier()
+    before = lora.lora_state_dict(model)
+    with refused(
+        RuntimeError if first else ValueError,
+        "another process" if first else "not the adapter that the first process has",
+    ):
+        lora.load_adapter(model, FOLDER / ("one" if first else "two"))
+    assert all(torch.equal(v, before[k]) for k, v in lora.lora_state_dict(model).items())
+    folder = base_folder(phi3())
+    whole_buffers = phi3(device="meta")
+    whole_buffers.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    whole_buffers = by_fsdp2(whole_buffers)
+    with refused(RuntimeError if first else ValueError, "another" if first else "nowhere"):
+        lora.distributed.load_sharded(whole_buffers, folder if first else FOLDER / "nowhere")
     with refused(ValueError, "nothing was read", "not on the meta device"):
-        lora.distributed.load_sharded(model, base_folder(phi3()))
+        lora.distributed.load_sharded(model, folder)
     meta = phi3(device="meta")
     with refused(ValueError, "the buffer model.rotary_emb.inv_freq", "nothing was read"):
-        lora.distributed.load_sharded(by_fsdp2(meta), FOLDER / "base")
+        lora.distributed.load_sharded(by_fsdp2(meta), folder)
     return {}
 
 

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from .._base import LoRALayer
 from ..patch import build_all, check_patchable, install, unchanged_on_error
 from ..quantized import is_quantized
-from ..sharded import assign, is_sharded, reshard, row_order
+from ..sharded import (
+    all_or_none,
+    assign,
+    is_sharded,
+    reshard,
+    row_order,
+    same_as_first,
+    sharded_tensor,
+)
 from ..switch import (
     DEFAULT,
     adapter_names,
@@ -41,7 +49,7 @@ from .save import (
     described,
     plain_name,
 )
-from .storage import File, heal, read_adapter
+from .storage import File, digest, heal, read_adapter
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ def load_adapter(
         TypeError: a module that cannot be adapted, see `lora.patch`.
         FileNotFoundError: no adapter at `path`.
 
+    Of a sharded model call it in every process, where it raises in all or in none.
+
     Warns if every update is zero: such an adapter does nothing yet.
     """
     wrapper, model = model, inner_model(model)
@@ -116,7 +126,7 @@ def load_adapter(
         raise ValueError(f"lora_dtype={lora_dtype}: expected a floating-point dtype")
     if name is not None and (not isinstance(name, str) or not name):
         raise AdapterError(f"name={name!r}: expected a string, or None for the active adapter")
-    file = _read(model, Path(path))
+    file = _read_alike(model, Path(path))
     if names and (name is None or name == names[0]):
         plan = into_layers(model, file)
     elif name in names:
@@ -139,6 +149,22 @@ def load_adapter(
         warnings.warn(f"{file.path}: this adapter does nothing yet: B is zero", stacklevel=2)
     problems = tuple(plan.problems.values())
     return Report(file.path, tuple(plan.loaded), problems, file.verified, plan.base)
+
+
+def _read_alike(model: nn.Module, path: Path) -> File:
+    """Read it; in the processes of a sharded model all of them, and the same one."""
+    sharded = sharded_tensor(model)
+    if sharded is None:
+        return _read(model, path)
+    with all_or_none(sharded):
+        file = _read(model, path)
+        layers = {n: layer.parameters() for n, layer in file.adapter.layers.items()}
+        tensors = {f"{n}.{own}": t for n, ones in layers.items() for own, t in ones.items()}
+        found = digest(str(file.config), {**tensors, **file.adapter.biases, **file.adapter.saved})
+    with all_or_none(sharded):
+        if not same_as_first(sharded, found):
+            raise AdapterError(f"{file.path}: not the adapter that the first process has there")
+    return file
 
 
 def _carry_out(
