@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora.kernels import nf4
@@ -82,6 +82,7 @@ class TestBitsandbytes:
 class TestDefinition:
     @settings(deadline=None, max_examples=50)
     @given(n=st.integers(1, 700), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))
+    @example(n=649, dtype=torch.float32, seed=605)
     def test_codes_are_the_nearest_levels(self, n, dtype, seed):
         w = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
         parts = nf4.quantize(w)
@@ -94,7 +95,7 @@ class TestDefinition:
         assert (distance.gather(1, codes[:, None]).view(-1) <= distance.amin(1) + 1e-6).all()
         scales = nf4.scales(parts).double()
         largest = (absmax - absmax.mean()).abs().max()
-        gap = nf4.dynamic(CPU).diff().max() / 2
+        gap = nf4.dynamic(CPU).diff().max() / 2 + 2 / 65535  # the nearest of a grid's point
         assert ((scales - absmax).abs() <= largest * gap + 1e-6 * absmax.max()).all()
 
     def test_a_weight_has_4_13_bits(self):
