@@ -109,6 +109,11 @@ def _ratio(block: list[dict[str, str]], provider: str) -> float:
     return total / sum(frozen.values())
 
 
+def nf4_table() -> str:
+    """Of 4-bit layers on a CPU, which are measured apart from the rest."""
+    return _table(read(RESULTS / "layers_nf4_cpu.csv"))
+
+
 def training_table() -> str:
     """As `table`, of the training steps in results/step_*.csv."""
     paths = [RESULTS / f"step_{device}.csv" for device in ("cuda", "cpu")]
@@ -242,6 +247,7 @@ TABLES = {
     "README.md": table,
     "docs/training.md": training_table,
     "docs/scaling.md": scaling_table,
+    "docs/qlora.md": nf4_table,
 }
 
 
