@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,6 +37,7 @@ from .sharded import (
     reshard,
     row_order,
     sharded_tensor,
+    take_from_first,
 )
 from .state import adapter_parameters, bias_mode
 from .switch import inner_model
@@ -285,8 +285,7 @@ def _begin(layer: LoRALayer) -> None:
         like: Any = layer._parameters[own]
         if is_sharded(like):
             value = parameter.detach().to(like.device_mesh.device_type)
-            for dim in range(like.device_mesh.ndim):
-                dist.broadcast(value, group=like.device_mesh.get_group(dim), group_src=0)
+            take_from_first(value, like.device_mesh)
             assign_to(layer, own, value)
         else:
             like.copy_(parameter)

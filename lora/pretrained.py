@@ -21,7 +21,7 @@ from ._base import LoRALayer
 from .adapter.check import row_blocks
 from .adapter.checkpoint import Checkpoint
 from .adapter.contents import AdapterError, listed
-from .full import full_modules, original
+from .full import originals
 from .kernels.nf4_tensor import NF4Tensor
 from .quantized import is_quantized
 from .sharded import is_sharded, refuse_sharded
@@ -197,14 +197,9 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     store = adapters_of(model)
     for modules in (store.base, *store.modules.values()) if store is not None else ():
         roots += modules.items()
-    roots += [
-        (_joined(path, inner), original(copy))
-        for path, root in roots
-        for inner, copy in full_modules(root)
-    ]
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, root in roots:
-        for inner, module in root.named_modules():
+        for inner, module in (*root.named_modules(), *originals(root)):
             found.setdefault(id(module), (_joined(path, inner), module))
     return list(found.values())
 

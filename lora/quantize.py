@@ -60,9 +60,14 @@ def to_quantize(
                 f"{name}.weight is a {type(weight).__name__} of {weight.dtype}: expected a plain "
                 f"nn.Parameter of one of {', '.join(map(str, DTYPES))}"
             )
-        if not weight.is_meta and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+        if not weight.is_meta and not is_finite(weight):
             raise ValueError(f"{name}.weight has a NaN or infinite value: it cannot be quantised")
     return found
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all elements are, told without memory for one of each."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
 
 
 def quantize_in_place(model: nn.Module, names: Collection[str]) -> None:

@@ -193,15 +193,19 @@ def all_or_none(tensor: Any) -> Iterator[None]:
         raise RuntimeError("another process of the job failed to do its part: see its error")
 
 
-def same_as_first(tensor: Any, digest: str) -> bool:
-    """Whether the first process of the tensor's mesh has this hexadecimal digest too. Collective."""
+def take_from_first(value: Tensor, mesh: Any) -> None:
+    """Give `value` that of the mesh's first process, in place. Collective."""
     import torch.distributed as dist
 
-    mesh = tensor.device_mesh
-    first = torch.tensor([int(digest[:15], 16)], device=mesh.device_type)
-    own = first.clone()
     for dim in range(mesh.ndim):
-        dist.broadcast(first, group=mesh.get_group(dim), group_src=0)
+        dist.broadcast(value, group=mesh.get_group(dim), group_src=0)
+
+
+def same_as_first(tensor: Any, digest: str) -> bool:
+    """Whether the first process of the tensor's mesh has this hexadecimal digest too. Collective."""
+    own = torch.tensor([int(digest[:15], 16)], device=tensor.device_mesh.device_type)
+    first = own.clone()
+    take_from_first(first, tensor.device_mesh)
     return bool(torch.equal(first, own))
 
 

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -37,7 +36,7 @@ from .linear import Linear
 from .merged_linear import MergedLinear
 from .phi3 import decoder_layers, qkv_splits
 from .quantized import is_quantized
-from .sharded import TENSOR_PARALLEL, is_sharded, own_class, whole, whole_of
+from .sharded import TENSOR_PARALLEL, is_sharded, own_class, take_from_first, whole, whole_of
 
 __all__ = ["ColumnParallel", "LocalHeads", "RowParallel", "phi3_plan"]
 
@@ -235,7 +234,7 @@ class _Parallel:
     def _seed(self, device: torch.device) -> Tensor:
         """One that the first process draws from torch's generator, as all do, to stay in step."""
         seed = torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None)
-        dist.broadcast(seed, group=self.mesh.get_group(), group_src=0)
+        take_from_first(seed, self.mesh)
         return seed
 
     def summed_in_backward(self, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .adapter.fingerprint import compare, fingerprint, of_base
 from .full import full_modules, original, settle
 from .kernels.nf4_tensor import NF4Tensor
 from .patch import set_module
-from .quantize import unmark
+from .quantize import is_finite, unmark
 from .quantized import LinearNF4, adoptable, is_linear4bit, is_quantized
 from .sharded import refuse_sharded
 from .state import merged_bias, tied_updates
@@ -114,8 +114,12 @@ def _check_dense(
             f"{quantized[0] or type(model).__name__} has a 4-bit weight, and dtype={dtype!r}: an "
             f"update would be lost in one; for dense merged weights, pass one of {_DTYPES}"
         )
-    if base is None:
-        return
+    if base is not None:
+        _check_base(model, quantized, base)
+
+
+def _check_base(model: nn.Module, quantized: list[str], base: Mapping[str, Tensor]) -> None:
+    """ValueError unless `base` has the weights that these 4-bit layers were quantised from."""
     if not isinstance(base, Mapping):
         raise ValueError(f"base is a {type(base).__name__}: expected original.state_dict()")
     then: dict[str, str | None] = {}
@@ -128,7 +132,7 @@ def _check_dense(
         if given is None or given.shape != weight.shape or not given.is_floating_point():
             there = None if given is None else f"{tuple(given.shape)} of {given.dtype}"
             raise ValueError(f"base[{key!r}]: expected {tuple(weight.shape)}, dense, got {there}")
-        if given.is_meta or not torch.isfinite(torch.stack(torch.aminmax(given))).all():
+        if given.is_meta or not is_finite(given):
             what = "is on the meta device" if given.is_meta else "has a NaN or infinite value"
             raise ValueError(f"base[{key!r}] {what}: give the weights of the original model")
         if isinstance(module, LoRALayer) and begins_as(module.variant, "loftq"):

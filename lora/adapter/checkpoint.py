@@ -133,17 +133,17 @@ class Checkpoint:
         path = self.folder / "config.json"
         config = read_json(path) if path.exists() else {}
         found = config.get("quantization_config")
-        if found is not None and not (
-            isinstance(found, dict) and all(found.get(key) == said for key, said in _NF4.items())
-        ):
-            expected = ", ".join(f"{key}={said!r}" for key, said in _NF4.items())
-            got = repr(found)
-            if isinstance(found, dict) and "quant_method" in found:
-                unlike = {k: found.get(k) for k, said in _NF4.items() if found.get(k) != said}
-                got = ", ".join(f"{key}={value!r}" for key, value in unlike.items())
+        stated = found if isinstance(found, dict) else {}
+        unlike = {key: stated.get(key) for key, said in _NF4.items() if stated.get(key) != said}
+        if found is not None and unlike:
+            expected, got = (
+                ", ".join(f"{key}={value!r}" for key, value in values.items())
+                for values in (_NF4, unlike)
+            )
             raise AdapterError(
-                f"{path}: quantised with {got}: expected weights that are not quantised, or those of "
-                f"bitsandbytes with {expected}; give the base model that this one was quantised from"
+                f"{path}: quantised with {got if 'quant_method' in stated else repr(found)}: expected "
+                f"weights that are not quantised, or those of bitsandbytes with {expected}; give the "
+                "base model that this one was quantised from"
             )
         return config
 

@@ -158,9 +158,7 @@ def _read_alike(model: nn.Module, path: Path) -> File:
         return _read(model, path)
     with all_or_none(sharded):
         file = _read(model, path)
-        layers = {n: layer.parameters() for n, layer in file.adapter.layers.items()}
-        tensors = {f"{n}.{own}": t for n, ones in layers.items() for own, t in ones.items()}
-        found = digest(str(file.config), {**tensors, **file.adapter.biases, **file.adapter.saved})
+        found = digest(str(file.config), file.adapter.tensors())
     with all_or_none(sharded):
         if not same_as_first(sharded, found):
             raise AdapterError(f"{file.path}: not the adapter that the first process has there")
