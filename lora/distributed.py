@@ -7,7 +7,7 @@ of them, in any number of processes; `load_sharded` fills a model that was built
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def load_sharded(
     modules = [*model.named_modules(), *originals(model)]
     with nullcontext() if sharded is None else all_or_none(sharded):
         checkpoint = Checkpoint(folder)
-        found = sources(modules, checkpoint, _problems(modules))
+        found = sources(modules, checkpoint, _problems(modules), tied=_tied(model))
     if device is None:
         device = "cpu" if sharded is None else sharded.device_mesh.device_type
         device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else device
@@ -230,6 +230,18 @@ def load_sharded(
     for _, layer in lora_layers(model):
         if layer.r > 0:
             _begin(layer)
+
+
+def _tied(model: nn.Module) -> Mapping[str, str]:
+    """Names of tied Parameters of a transformers model (5.0 or newer), and those that are stored.
+
+    `fully_shard` leaves no other trace: it makes a weight of the tree anew, and not that of a frozen
+    original (`modules_to_save`), to which it was tied.
+    """
+    config, names = getattr(model, "config", None), getattr(model, "_tied_weights_keys", None)
+    if isinstance(names, Mapping) and getattr(config, "tie_word_embeddings", False):
+        return names
+    return {}
 
 
 def _problems(modules: Named) -> Iterator[str]:

@@ -9,7 +9,7 @@ are quantised otherwise than to bitsandbytes' NF4.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,9 +118,11 @@ def sources(
     checkpoint: Checkpoint,
     problems: Iterable[str] = (),
     loaded: Collection[int] = (),
+    tied: Mapping[str, str] | None = None,
 ) -> list[Source]:
     """Where every Parameter of `modules` comes from, but for the factors and those `loaded`, by id.
 
+    `tied` has the names of Parameters that are stored under another, though they are objects apart.
     AdapterError with `problems`, and those that are found here, if there are any.
     """
     problems, found = list(problems), []
@@ -134,7 +136,8 @@ def sources(
             held.append((_joined(path, own), module, own))
     for held in holders.values():
         names = [name for name, _, _ in held]
-        key = next((name for name in names if name in checkpoint), None)
+        others = [tied[name] for name in names if name in tied] if tied else []
+        key = next((name for name in (*names, *others) if name in checkpoint), None)
         source = Source(key or names[0], [(module, own) for _, module, own in held])
         problem = _misfit(names[0], source, checkpoint)
         problems += [] if problem is None else [problem]

@@ -57,7 +57,7 @@ def case(function: Callable[[], Found]) -> Callable[[], Found]:
     return function
 
 
-def phi3(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def phi3(dtype: torch.dtype = torch.float32, device: str = "cpu", tied: bool = False) -> nn.Module:
     """A small Phi-3 with grouped heads, which 4 processes can share; random, the same everywhere."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -73,7 +73,7 @@ def phi3(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,
-                tie_word_embeddings=False,
+                tie_word_embeddings=tied,
             )
         )
     return model.to(dtype)
@@ -385,7 +385,7 @@ def load_states() -> Found:
 
 
 def base_folder(model: nn.Module) -> Path:
-    folder = FOLDER / "base"
+    folder = FOLDER / ("tied" if model.config.tie_word_embeddings else "base")
     if dist.get_rank() == 0:
         model.save_pretrained(folder, max_shard_size="60KB")
     dist.barrier()
@@ -427,20 +427,22 @@ def from_meta() -> Found:
 
 @case
 def originals() -> Found:
-    """What trains in full has its frozen original filled too."""
-    folder, ids = base_folder(phi3()), batch(0)
-    with torch.no_grad():
-        want = phi3()(input_ids=ids, use_cache=False).logits
-    worst = 0.0
-    for name in ("fsdp2", "tensor_parallel"):
-        model = phi3(device="meta")
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-        lora.patch_phi3(model, lora_dropout=0.0, modules_to_save=["lm_head"])
-        model = ENGINES[name](model)
-        lora.distributed.load_sharded(model, folder)
-        with torch.no_grad(), lora.disabled(model):
-            got = model(input_ids=ids, use_cache=False).logits
-        worst = max(worst, ((got - want).abs().max() / want.abs().max()).item())
+    """What trains in full has its frozen original filled too, though others are tied to that."""
+    ids, worst = batch(0), 0.0
+    for tied, full in ((False, "lm_head"), (True, "embed_tokens")):
+        folder = base_folder(phi3(tied=tied))
+        with torch.no_grad():
+            want = phi3(tied=tied)(input_ids=ids, use_cache=False).logits
+        for name in ("fsdp2", "tensor_parallel"):
+            model = phi3(device="meta", tied=tied)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+            lora.patch_phi3(model, lora_dropout=0.0, modules_to_save=[full])
+            model = ENGINES[name](model)
+            lora.distributed.load_sharded(model, folder)
+            for of_which in (contextlib.nullcontext(), lora.disabled(model)):
+                with torch.no_grad(), of_which:
+                    got = model(input_ids=ids, use_cache=False).logits
+                worst = max(worst, ((got - want).abs().max() / want.abs().max()).item())
     return {"logits": worst}
 
 
