@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-sys.path.append(str(ROOT / "tests"))  # of adapter_helpers, which several files of tests share
+sys.path.append(str(ROOT / "tests"))  # of what several files of tests share
 
 import importlib.metadata  # noqa: E402
 import os  # noqa: E402
@@ -55,38 +55,15 @@ def interpreted():
     return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
-_MEMORY = """
-import resource
-from pathlib import Path
-
-def held():
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
-
-def allow(more):
-    resource.setrlimit(resource.RLIMIT_DATA, (held() + more, resource.RLIM_INFINITY))
-    try:
-        bytearray(more + 2**20)
-    except MemoryError:
-        return
-    raise SystemExit("RLIMIT_DATA limits nothing here: expected Linux 4.7 or newer")
-"""
-
-
 @pytest.fixture
-def with_little_memory():
-    """Run code in a new process; returns the integers that it prints.
-
-    There, `held()` are the bytes that it holds, and after `allow(more)` an allocation that would make
-    them grow by more fails. Resident memory would count the pages of libraries and files as well, that
-    come and go with what else the machine does.
-    """
+def in_a_new_process():
+    """Run code that measures memory (`little_memory`); returns the integers that it prints."""
     if sys.platform != "linux":
         pytest.skip("needs RLIMIT_DATA and /proc")
-    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # once it is freed
 
     def run(code: str, *arguments: object) -> list[int]:
-        command = [sys.executable, "-c", _MEMORY + code, *map(str, arguments)]
-        environment = {**os.environ, **given_back}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         return list(map(int, done.stdout.split()))

@@ -8,13 +8,11 @@ case, and says where it is.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import functools
 import gc
 import json
 import os
-import resource
 import sys
 import time
 import warnings
@@ -26,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from little_memory import at_most, held
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -501,8 +500,10 @@ def memory() -> Found:
         return rows
 
     Checkpoint.rows = counted
-    with at_most(size // dist.get_world_size() + 8 * side * side):  # its shards, two layers
+    share = size // dist.get_world_size()
+    with at_most(share + 8 * side * side) as before:  # its shards and two layers
         lora.distributed.load_sharded(model, folder)
+    assert held() - before > 0.9 * share
     Checkpoint.rows = original
     total = torch.tensor(read)
     dist.all_reduce(total)
@@ -513,22 +514,6 @@ def memory() -> Found:
         assert [layer.kind for layer in found.values()] == ["Linear"] * count
     lora.summary(model)
     return {}
-
-
-@contextlib.contextmanager
-def at_most(more: int) -> Iterator[None]:
-    """An allocation fails that would make this process hold `more` bytes beyond what it has."""
-    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: anything larger counts by itself
-    ctypes.CDLL(None).malloc_trim(0)
-    status, limits = Path("/proc/self/status").read_text(), resource.getrlimit(resource.RLIMIT_DATA)
-    held = 1024 * int(status.partition("VmData:")[2].split()[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (held + more, limits[1]))
-    try:
-        with pytest.raises(MemoryError):
-            bytearray(more + 2**20)
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 @contextlib.contextmanager

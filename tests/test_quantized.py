@@ -132,20 +132,20 @@ class TestPatch:
         assert isinstance(weight, NF4Tensor)
         assert weight.is_meta
 
-    def test_the_peak_is_the_model_and_one_layer(self, with_little_memory):
+    def test_the_peak_is_the_model_and_one_layer(self, in_a_new_process):
         """In a fresh process, whose memory is of 24 layers and of what quantising one takes."""
         code = """
 import torch, lora
+from little_memory import at_most, held
 from torch import nn
 
 model = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(24)))
 lora.patch(nn.Sequential(nn.Linear(64, 64)), ["0"], r=2, lora_alpha=4, quantize="nf4")
-before = held()
-allow(4 * 1024 * 2048)
-lora.patch(model, ["0"], r=2, lora_alpha=4, quantize="nf4")
+with at_most(4 * 1024 * 2048) as before:
+    lora.patch(model, ["0"], r=2, lora_alpha=4, quantize="nf4")
 print(before - held())
 """
-        (freed,) = with_little_memory(code)
+        (freed,) = in_a_new_process(code)
         assert freed > 0.7 * 24 * 4 * 1024 * 2048
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

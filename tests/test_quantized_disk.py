@@ -397,6 +397,7 @@ def test_a_buffer_that_nothing_fills_is_refused(tmp_path, dtype, initialised):
 
 LOAD = """
 import sys, torch, lora
+from little_memory import at_most
 from torch import nn
 
 torch.set_num_threads(1)
@@ -407,17 +408,17 @@ with torch.device("meta"):
     model = model.to(torch.bfloat16)
 lora.patch(model, "all-linear", r=4, lora_alpha=8, quantize="nf4")
 size = sum(p.nbytes for p in model.parameters())
-allow(size + 3 * 2 * side * side)
-lora.load_pretrained(model, sys.argv[1])
+with at_most(size + 3 * 2 * side * side):
+    lora.load_pretrained(model, sys.argv[1])
 print(size)
 """
 
 
-def test_loading_holds_the_4_bit_model_and_a_few_layers(tmp_path, with_little_memory):
+def test_loading_holds_the_4_bit_model_and_a_few_layers(tmp_path, in_a_new_process):
     """Of 16 bf16 layers, 134 MB, no more is in memory than 4 bits of them, and three layers."""
     weights = {f"{i}.weight": torch.randn(2048, 2048).to(BF16) for i in range(16)}
     save_file(weights, tmp_path / "model.safetensors")
-    (size,) = with_little_memory(LOAD, tmp_path)
+    (size,) = in_a_new_process(LOAD, tmp_path)
     assert size < 0.3 * sum(weight.nbytes for weight in weights.values())
 
 
@@ -679,6 +680,7 @@ def test_the_command_line(folders, trained, loftq, tmp_path):
 
 MERGE = """
 import sys, torch
+from little_memory import at_most
 from lora.adapter.contents import Adapter, Layer
 from lora.adapter.merge import merge_checkpoint
 
@@ -688,13 +690,13 @@ A, B = torch.full((4, side), 0.5), torch.ones(side, 4)
 layers = {f"{i}": Layer("Linear", A, B, 4, 1.0, fingerprint=":nf4") for i in range(0, count, 2)}
 dtype = torch.bfloat16 if sys.argv[3] == "dequantize" else None
 merge_checkpoint(sys.argv[1], Adapter(layers), f"{sys.argv[2]}-0", dequantize=dtype)  # tables too
-allow(4 * 2 * side * side)
-merge_checkpoint(sys.argv[1], Adapter(layers), f"{sys.argv[2]}-1", dequantize=dtype)
+with at_most(4 * 2 * side * side):
+    merge_checkpoint(sys.argv[1], Adapter(layers), f"{sys.argv[2]}-1", dequantize=dtype)
 """
 
 
 @pytest.mark.parametrize("form", ["nf4", "dense"])
-def test_merging_holds_a_few_layers(tmp_path, form, with_little_memory):
+def test_merging_holds_a_few_layers(tmp_path, form, in_a_new_process):
     """Of 6 layers that are 201 MB in bf16, four at a time, from 4 bits and into the original."""
     weights = {}
     for i in range(6):
@@ -705,7 +707,7 @@ def test_merging_holds_a_few_layers(tmp_path, form, with_little_memory):
     base.mkdir()
     save_file(weights, base / "model.safetensors")
     (base / "config.json").write_text('{"tie_word_embeddings": false}')
-    with_little_memory(MERGE, base, out, "dequantize" if form == "nf4" else "original")
+    in_a_new_process(MERGE, base, out, "dequantize" if form == "nf4" else "original")
 
 
 # A model that transformers read in 4 bits, as it is saved again
