@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
+_FSDP_MARK = "_is_fsdp_managed_module"  # what FSDP sets on every module whose Parameters it manages
+
 
 class _Merged(NamedTuple):
     """The merged weight, and what it was made from."""
@@ -329,22 +331,22 @@ class LoRALayer(_Module):
     @property
     def is_sharded(self) -> bool:
         """Whether an engine has spread the Parameters over processes, gathered now or not."""
-        return self._is_fsdp_managed_module or any(map(is_sharded, self._parameters.values()))
+        managed = self.__dict__.get(_FSDP_MARK, False)
+        return bool(managed) or any(map(is_sharded, self._parameters.values()))
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        """The mark that FSDP leaves on every module whose Parameters it manages."""
-        return bool(self.__dict__.get("_fsdp_managed", False))
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. FSDP's mark on a merged layer raises ValueError.
 
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
-        if value and self.merged:
+        The mark stays a plain attribute of the instance: torch.compile looks it up statically and
+        would take a property for it.
+        """
+        if name == _FSDP_MARK and value and self.merged:
             raise ValueError(
                 f"fully_shard on a merged {type(self).__name__} (eval mode, merge_weights=True): every "
                 "process would keep its whole merged weight; build the model again and call "
                 "model.train() before fully_shard, or take merge_weights=False"
             )
-        self.__dict__["_fsdp_managed"] = value
+        super().__setattr__(name, value)
 
     def in_one_process(self, weight: bool = True) -> Self:
         """This layer with whole Parameters, as if nothing were sharded. Collective.
@@ -359,7 +361,7 @@ class LoRALayer(_Module):
             else p
             for own, p in self._parameters.items()
         }
-        for name in ("_fsdp_managed", TENSOR_PARALLEL, "forward"):
+        for name in (_FSDP_MARK, TENSOR_PARALLEL, "forward"):
             one.__dict__.pop(name, None)
         return one
 

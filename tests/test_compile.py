@@ -1,5 +1,7 @@
 """torch.compile: whole graphs, one dynamic graph a mode, the same results as eager."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -8,12 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from lora.kernels import dispatch
-
-# What torch itself warns about while it imports its compiler or traces.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 
 
 class EveryLayer(nn.Module):
@@ -60,6 +56,20 @@ def test_eval_without_gradients_never_uses_a_stale_merge(fill_factors):
         for _ in range(3):
             torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
             fill_factors(model)
+
+
+def test_fsdps_mark_is_a_plain_attribute():
+    """torch.compile looks it up statically, and takes a property for a module that FSDP manages."""
+    layer = lora.Linear(4, 4, 2, merge_weights=False)
+    assert inspect.getattr_static(layer, "_is_fsdp_managed_module", None) is None
+    assert not layer.is_sharded
+    layer._is_fsdp_managed_module = True  # as fully_shard does
+    assert inspect.getattr_static(layer, "_is_fsdp_managed_module", None) is True
+    assert layer.is_sharded
+    merged = lora.Linear(4, 4, 2).eval()
+    with pytest.raises(ValueError, match=r"fully_shard on a merged Linear"):
+        merged._is_fsdp_managed_module = True
+    assert not merged.is_sharded
 
 
 def test_inductor_gives_eagers_values_and_gradients(fill_factors):
