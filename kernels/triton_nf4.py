@@ -39,7 +39,9 @@ def quantize_kernel(
     high = tl.load(w_ptr + 2 * bytes_, mask=there[:, None], other=0).to(tl.float32)
     low = tl.load(w_ptr + 2 * bytes_ + 1, mask=there[:, None], other=0).to(tl.float32)
     absmax = tl.maximum(tl.max(tl.abs(high), 1), tl.max(tl.abs(low), 1))
-    inverse = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), tl.maximum(absmax, smallest))
+    # It is below the least normal number, so that Triton 3.8 would take it for fp64.
+    floor = tl.full((BLOCKS,), smallest, tl.float32)
+    inverse = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), tl.maximum(absmax, floor))
     high = high * inverse[:, None]
     low = low * inverse[:, None]
     high_codes = tl.zeros(high.shape, tl.int32)
