@@ -40,7 +40,7 @@ CONFIGS: Table = {
     "sm_90": {128: Config(rows=128, columns=128, warps=8, stages=1)},
     "sm_100": {128: Config(rows=128, columns=128, warps=8, stages=1)},
     "fp32": {16: Config(rows=64, columns=64, warps=4, stages=1)},
-    "interpreter": {32: Config(rows=16, columns=32, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=32, columns=32, warps=4, stages=1)},
 }
 
 

@@ -55,7 +55,7 @@ CONFIGS: Table = {
         16: Config(rows=64, columns=64, warps=4, stages=2),
         32: Config(rows=32, columns=32, warps=4, stages=2),
     },
-    "interpreter": {32: Config(rows=16, columns=32, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=32, columns=32, warps=4, stages=1)},
 }
 MOST_SLABS = 0.25  # of dY's bytes, written and read: with more, reading dY twice moves less
 

@@ -44,7 +44,7 @@ CONFIGS: Table = {
         128: Config(rows=64, columns=64, warps=8, stages=2),
     },
     "fp32": {16: Config(rows=16, columns=64, warps=4, stages=1)},
-    "interpreter": {32: Config(rows=16, columns=16, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=32, columns=32, warps=4, stages=1)},
 }
 PROGRAMS = 2  # a processor: the tiles are small
 
