@@ -8,6 +8,11 @@
 ['0.lora_A', '0.lora_B']
 """
 
+# ruff: noqa: E402
+from ._distribution import refuse_other_distribution
+
+refuse_other_distribution()
+
 from ._base import LoRALayer
 from ._version import __version__
 from .adapter import AdapterError, load_adapter, save_adapter

@@ -44,7 +44,9 @@ try:
     from transformers import PreTrainedModel, TrainerCallback
     from transformers.utils import SAFE_WEIGHTS_NAME
 except ImportError as error:
-    raise ImportError(f'lora.hf needs transformers ({error}): pip install "lora[hf]"') from error
+    raise ImportError(
+        f'lora.hf needs transformers ({error}): pip install "lora-layers[hf]"'
+    ) from error
 
 __all__ = ["AdapterCallback", "reference_model"]
 

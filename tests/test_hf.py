@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapter_helpers import OF_TRANSFORMERS
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -120,7 +119,6 @@ def test_training_saves_the_adapter_alone_and_leaves_the_base_as_it_was(make_tra
     assert same(factors(loaded(make_phi3(), folder)), factors(trainer.model))
 
 
-@pytest.mark.filterwarnings(OF_TRANSFORMERS)
 def test_peft_reads_a_checkpoint(make_trainer, make_phi3):
     trainer = make_trainer(max_steps=3)
     trainer.train()
@@ -188,7 +186,6 @@ RUNS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be inst:DeprecationWarning")  # Dynamo's
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_repeats_every_loss_to_the_bit(make_trainer, name, log_of_transformers):
     whole = make_trainer(**RUNS[name])
@@ -564,7 +561,7 @@ def test_import_needs_transformers_and_lora_alone_does_not():
         "except ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert 'pip install "lora[hf]"' in done.stdout, done.stderr
+    assert 'pip install "lora-layers[hf]"' in done.stdout, done.stderr
 
 
 # DPO's reference

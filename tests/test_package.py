@@ -64,17 +64,74 @@ def test_the_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert python(script, cwd=tmp_path).strip() == "3"
 
 
-def test_mypy_strict_on_the_package_as_installed_and_on_the_checkout(wheel, tmp_path):
+def test_mypy_strict_on_the_package_as_installed(wheel, tmp_path):
+    """That is, with lora.kernels, which lies elsewhere in the checkout."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     mypy = (sys.executable, "-m", "mypy", "--strict", "--python-version", "3.10")
-    mypy += ("--cache-dir", tmp_path / "cache")
-    run(*mypy, "-p", "lora", cwd=tmp_path / "site")  # with lora.kernels
-    run(*mypy, "lora", cwd=ROOT)
+    run(*mypy, "--cache-dir", tmp_path / "cache", "-p", "lora", cwd=tmp_path / "site")
 
 
 def test_ruff():
     run(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=ROOT)
     run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".", cwd=ROOT)
+
+
+OTHER = "lora/__init__.py,sha256=0,27586\nlora/util.py,sha256=0,357\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "refused"),
+    [(OTHER, True), ("__editable___lora_0_1_0_finder.py,sha256=0,1\n", False)],
+    ids=["another project", "this project's checkout, by its earlier name"],
+)
+def test_a_distribution_that_installs_lora_too_is_refused(record, refused, wheel, tmp_path):
+    """`lora` on PyPI is another project; whichever is installed later overwrites the other's files."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    info = site / "lora-0.3.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.0\nName: lora\nVersion: 0.3.0\n")
+    (info / "RECORD").write_text(record)
+    script = f"import sys; sys.path.insert(0, {str(site)!r})\nimport lora; print(lora.__file__)"
+    command = (sys.executable, "-c", script)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    if not refused:
+        assert done.stdout.startswith(str(site)), done.stderr
+        return
+    assert done.returncode == 1
+    assert "the distribution lora 0.3.0 is installed beside lora-layers" in done.stderr
+    assert "pip uninstall -y lora lora-layers && pip install lora-layers" in done.stderr
+
+
+WITHOUT = """
+import sys
+for name in ("triton", "fcntl", "resource"):
+    sys.modules[name] = None  # an import fails, as on macOS and Windows
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name, *package: None if name == "triton" else find(name, *package)
+import torch, lora
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+lora.patch(model, ["0", "1"], r=4, lora_alpha=8, lora_dropout=0.5, quantize="nf4")
+model(torch.randn(3, 64)).square().sum().backward()
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+torch.nn.init.ones_(model[0].lora_B), torch.nn.init.ones_(model[1].lora_B)
+lora.save_adapter(model, sys.argv[1])
+lora.save_adapter(model, sys.argv[1])  # over an earlier one, which takes a lock where there are any
+lora.load_adapter(model, sys.argv[1])
+assert lora.kernels.explain(torch.ones(80, 64), torch.ones(64, 64), None, model[0].lora_A,
+                            model[0].lora_B, 1.0).startswith("torch: ")
+from lora.__main__ import main
+sys.exit(main(["info", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "linux"])
+def test_it_works_without_triton_file_locks_and_resource_limits(platform, tmp_path):
+    """Simulated: these modules cannot be imported, and what the package asks for the platform."""
+    script = f"import torch, sys; sys.platform = {platform!r}\n{WITHOUT}"
+    command = (sys.executable, "-c", script, tmp_path / "adapter")
+    assert "Linear" in run(*command, cwd=tmp_path)
 
 
 def test_import_brings_no_triton_transformers_or_peft():
@@ -104,6 +161,7 @@ def test_docstring_examples(name):
 
 LAYERS = {  # who may import whom inside lora/: only what stands in an earlier row
     "_version": 0,
+    "_distribution": 0,
     "table": 0,
     "variants": -1,
     "sharded": -1,
@@ -230,9 +288,12 @@ def test_the_folder_is_empty_by_its_own_name():
     assert python(script, cwd=ROOT).splitlines() == ["['kernels']", "[]", "3"]
 
 
-@pytest.mark.parametrize("runner", [["pytest"], ["python", "-m", "pytest"]], ids=" ".join)
-@pytest.mark.parametrize("installed", [True, False], ids=["with", "without"])
-def test_a_patched_phi3_with_and_without_a_distribution_named_kernels(runner, installed, tmp_path):
+@pytest.mark.parametrize(
+    ("installed", "runner"),
+    [(True, ["python", "-m", "pytest"]), (False, ["pytest"])],
+    ids=["with", "without"],
+)
+def test_a_patched_phi3_with_and_without_a_distribution_named_kernels(installed, runner, tmp_path):
     """Started at the root, where `python -m pytest` has the folder kernels/ first on sys.path."""
     from transformers.utils.import_utils import KERNELS_MIN_VERSION
 

@@ -28,8 +28,10 @@ import torch
 
 from .contents import AdapterError
 
-if sys.platform != "win32":
+try:
     import fcntl
+except ImportError:  # as on Windows, where nobody can remove an open file
+    fcntl = None  # type: ignore[assignment]
 
 _MARK = ".lora-tmp-"
 _LARGEST_JSON = 64 << 20
@@ -158,7 +160,7 @@ def _is(path: Path, descriptor: int) -> bool:
 
 def _lock(descriptor: int) -> bool:
     """Lock what was opened until it is closed; False where there are no locks."""
-    if sys.platform == "win32":  # where nobody can remove an open file
+    if fcntl is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -201,6 +203,8 @@ def _remove_stale(folder: Path, name: str) -> None:
 def _remove_unlocked(path: Path) -> None:
     if sys.platform == "win32":
         return _remove(path)
+    if fcntl is None:  # nobody can tell whether it is in use
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
