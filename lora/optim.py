@@ -1,4 +1,4 @@
-"""parameter_groups: for an optimizer, the factors B at a higher learning rate than the rest (LoRA+)."""
+"""parameter_groups: what trains, in groups for an optimizer: plain LoRA, or LoRA+ with lr_ratio > 1."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _ROLES = {"lora_A": "rest", "lora_B": "B"}
 def parameter_groups(
     model: nn.Module,
     lr: float,
-    lr_ratio: float = 16.0,
+    lr_ratio: float = 1.0,
     *,
     weight_decay: float = 0.0,
     embedding_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of what trains in `model`, to construct any optimizer of torch.optim with.
 
-    LoRA+ (arXiv 2402.12354, sections 4 and 5.3): B learns at lr_ratio · lr, A at lr. As in its
-    authors' code, trained vectors (biases, norms' weights, DoRA's magnitudes) go with B, here without
-    weight decay; matrices that train in full go with A; embeddings' factors have a rate of their own.
+    By default everything learns at `lr`, as in LoRA. With lr_ratio above 1 it is LoRA+ (arXiv
+    2402.12354, sections 4 and 5.3): B learns at lr_ratio · lr, A at lr. As in its authors' code,
+    trained vectors (biases, norms' weights, DoRA's magnitudes) go with B, here without weight decay;
+    matrices that train in full go with A; embeddings' factors have a rate of their own.
 
     Args:
         lr: learning rate of A, a positive number.
-        lr_ratio: of B's rate to A's, positive; the paper advises about 16, with a smaller lr than
-            LoRA's where the task is hard.
+        lr_ratio: of B's rate to A's, positive; 1 is plain LoRA. For LoRA+ the paper advises about
+            16, with a smaller lr than LoRA's where the task is hard.
         weight_decay: of all but vectors.
         embedding_lr: of embeddings' factors; None is lr (the authors' code takes 1e-6).
 

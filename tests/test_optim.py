@@ -90,7 +90,7 @@ def test_rates_of_the_variants(variant, lorafa):
     options, vectors = VARIANTS[variant]
     model = make()
     lora.patch(model, ["inner", "fused"], r=2, lora_alpha=4, use_lorafa=lorafa, **options)
-    groups = lora.parameter_groups(model, 1e-3, weight_decay=0.1)
+    groups = lora.parameter_groups(model, 1e-3, 16, weight_decay=0.1)
     assert_once(model, groups)
     own = {"lora_B": (16e-3, 0.1), **dict.fromkeys(vectors, (16e-3, 0.0))}
     if not lorafa:
@@ -122,9 +122,15 @@ def test_a_shared_layer_and_tied_modules_are_there_once():
 
 def test_one_layer_is_a_model():
     layer = lora.Linear(8, 8, 2, bias=False)
-    groups = lora.parameter_groups(layer, 1e-3)
+    groups = lora.parameter_groups(layer, 1e-3, 16)
     assert_once(layer, groups)
     assert rates(layer, groups) == {"lora_A": (1e-3, 0.0), "lora_B": (16e-3, 0.0)}
+
+
+def test_by_default_it_is_plain_lora():
+    layer = lora.Linear(8, 8, 2, bias=False)
+    groups = lora.parameter_groups(layer, 1e-3)
+    assert rates(layer, groups) == {"lora_A": (1e-3, 0.0), "lora_B": (1e-3, 0.0)}
 
 
 def test_groups_without_parameters_are_left_out():
@@ -191,7 +197,6 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
-@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")  # when biases train
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 @pytest.mark.parametrize(
     ("options", "weight_decay"),  # PEFT's of a magnitude is not 0, ours is
