@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ log = logging.getLogger("data")
 
 ROLES = ("system", "user", "assistant")
 IGNORED = -100
+# Of several processes the first alone shows its progress.
+QUIET = os.environ.get("RANK", "0") != "0"
 
 _T = TypeVar("_T")
 
@@ -166,7 +169,7 @@ def _encode_all(
     """(examples, how many conversations were truncated, how many of these were left out)."""
     examples: list[Example] = []
     truncated = 0
-    bar = tqdm(conversations, desc="tokenizing", unit="chat", leave=False)
+    bar = tqdm(conversations, desc="tokenizing", unit="chat", leave=False, disable=QUIET)
     for number, conversation in enumerate(bar, start=1):
         try:
             ids, labels = encode(conversation["messages"], tokenizer)

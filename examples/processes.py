@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -145,14 +144,15 @@ def whole(value: Tensor) -> Tensor:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has held so far: on the GPU, or else of the machine."""
+    """The most memory that this process has held: on the GPU, or of the machine; 0 if not known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e6
-    )
+    try:
+        import resource
+    except ImportError:  # as on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def check(parallel: str | None) -> str:

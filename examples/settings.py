@@ -103,3 +103,29 @@ def binding(training_config: Mapping[str, Any], peft_config: Mapping[str, Any]) 
         **{f"training_config.{name}": value for name, value in bound.items()},
         **{f"peft_config.{name}": value for name, value in peft_config.items()},
     }
+
+
+def steps_of(config: Mapping[str, Any], batches: int) -> int:
+    """Training steps of a run whose epochs have so many batches."""
+    if config["max_steps"] > 0:
+        return config["max_steps"]
+    return math.ceil(config["num_train_epochs"] * batches / config["gradient_accumulation_steps"])
+
+
+def plan(config: Mapping[str, Any], rank: int, batches: int) -> str:
+    """The settings that decide how much a run learns, in one line."""
+    steps = steps_of(config, batches)
+    epochs = steps * config["gradient_accumulation_steps"] / batches
+    rate = f"{config['learning_rate']:g} ({config['lr_scheduler_type']})"
+    return f"training: learning rate {rate}, {epochs:.3g} epochs ({steps} steps), r={rank}"
+
+
+def hardly_moved(before: float, after: float, learning_rate: float) -> str:
+    """A warning if training lowered the held-out loss by less than 1 %, else an empty string."""
+    if after < 0.99 * before:
+        return ""
+    return (
+        f"the held-out loss hardly moved: {before:.4f} before, {after:.4f} after training at the "
+        f"learning rate {learning_rate:g}. Adapters usually need 1e-4 to 1e-3: try a higher --lr, "
+        "more steps, or both"
+    )

@@ -25,8 +25,9 @@ from typing import Any
 import processes
 import torch
 import torch.nn.functional as F
-from chat_data import IGNORED, Data, Example, InputError, collate
+from chat_data import IGNORED, QUIET, Data, Example, InputError, collate
 from run_folder import RunLog, plot_losses, save_checkpoint
+from settings import steps_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -129,9 +130,7 @@ class Trainer:
         self.settings, self.folder, self.log = settings, folder, log
         self.accumulation = config["gradient_accumulation_steps"]
         self.batches = math.ceil(len(data.train) / config["per_device_train_batch_size"])
-        self.steps = config["max_steps"]
-        if self.steps <= 0:
-            self.steps = math.ceil(config["num_train_epochs"] * self.batches / self.accumulation)
+        self.steps = steps_of(config, self.batches)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         rates = config["learning_rate"], config["loraplus_lr_ratio"]
         self.optimizer = torch.optim.AdamW(lora.parameter_groups(model, *rates))
@@ -162,7 +161,8 @@ class Trainer:
         """Train to the last step. Ctrl-C saves a checkpoint and is passed on."""
         self.model.train()
         _set_rng_state(self.rng)
-        bar = tqdm(total=self.steps, initial=self.step, desc="training", unit="step")
+        shown = {"desc": "training", "unit": "step", "disable": QUIET}
+        bar = tqdm(total=self.steps, initial=self.step, **shown)
         # Of several processes each gets a signal at a moment of its own: it must not take one of them
         # out of what all do together, so it is held until all agree after a step.
         held = _HeldInterrupt() if processes.count() > 1 else contextlib.nullcontext()

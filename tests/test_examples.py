@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scripts
 import torch
 from safetensors.torch import load_file
 
@@ -38,10 +40,6 @@ SMALL = [
     "--set=per_device_train_batch_size=2",
     "--set=gradient_checkpointing=false",
 ]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-W", "error", *map(str, arguments)]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -73,25 +71,8 @@ def same_factors(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """The script without --model and --data in a fresh home, shortened."""
-    home = tmp_path_factory.mktemp("first")
-    work, output = home / "work", home / "output"
-    work.mkdir()
-    arguments = ["--output", output, "--base-steps=20", "--steps=20", *FAST]
-    done = subprocess.run(
-        command(SCRIPT, *arguments),
-        cwd=work,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    base = next((home / "cache" / "lora").glob("phi3-standin-*"))
-    return SimpleNamespace(
-        home=home, work=work, output=output, report=report, base=base, arguments=arguments
-    )
+def first(default_run):
+    return default_run
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +116,12 @@ def uninterrupted(first, chats, tmp_path_factory):
     """A run on `chats` from its beginning to its end, in a process of its own."""
     output = tmp_path_factory.mktemp("uninterrupted") / "output"
     arguments = ["--model", first.base, "--data", chats, *SMALL]
-    subprocess.run(
-        command(SCRIPT, *arguments, "--output", output),
-        env=environment(first.home),
-        capture_output=True,
-        check=True,
+    done = scripts.run(
+        *(SCRIPT, *arguments, "--output", output),
+        folder=output.parent / "printed",
+        environment=environment(first.home),
     )
+    assert done.returncode == 0, done.stderr
     return SimpleNamespace(output=output, arguments=arguments)
 
 
@@ -177,7 +158,15 @@ def test_default_run_reports_and_writes(first):
 def test_default_run_writes_only_into_output_and_cache(first):
     assert list(first.work.iterdir()) == []
     assert list((first.home / "home").iterdir()) == []
-    assert {path.name for path in first.home.iterdir()} == {"work", "output", "cache", "home"}
+    written = {path.name for path in first.home.iterdir()}
+    assert written == {
+        "work",
+        "output",
+        "cache",
+        "home",
+        "report.json",
+        "stderr",
+    }  # two by the tests
 
 
 def test_second_run_reuses_the_standin_repeats_every_bit_and_keeps_the_first(first, run, tmp_path):
@@ -198,25 +187,17 @@ def test_second_run_reuses_the_standin_repeats_every_bit_and_keeps_the_first(fir
     assert (kept / "mine.txt").read_text() == "not a run's"
 
 
-def test_merged_checkpoint_needs_no_lora(first):
-    code = """
-import sys
-sys.modules["lora"] = None  # an import would fail
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(info.values()), info
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("What is a list?", return_tensors="pt").input_ids
-print(model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] - ids.shape[1])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(first.output / "merged")],
-        env=environment(first.home),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 1 <= int(done.stdout) <= 5
+def test_merged_checkpoint_needs_no_lora(first, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setitem(sys.modules, "lora", None)  # an import would fail
+    folder = first.output / "merged"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("What is a list?", return_tensors="pt").input_ids
+    reply = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert 1 <= reply.shape[1] - ids.shape[1] <= 5
 
 
 def test_standin_is_built_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -272,6 +253,44 @@ def test_recipe_has_the_published_values_and_nothing_decorative():
         assert f'config["{name}"]' in sources, f"{name} is not read"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        ([], 5e-3),
+        (["--lr", "0.25"], 0.25),
+        (["--model", "x"], 1e-4),
+        (["--model", "x", "--recipe", "published"], 5e-6),
+        (["--model", "x", "--recipe", "published", "--lr", "0.25"], 0.25),
+    ],
+)
+def test_the_learning_rate_of_each_recipe(arguments, rate, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    script = runpy.run_path(str(SCRIPT), run_name="finetune_phi3")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    script["arguments"]()
+    assert script["training_config"]["learning_rate"] == rate
+
+
+def test_the_published_recipe_is_for_a_real_model(run, tmp_path):
+    code, _, err = run("--recipe", "published", "--output", tmp_path / "output")
+    assert code == 2
+    assert "--recipe published needs --model" in err
+
+
+def test_what_a_run_trains_with_is_told(first):
+    said = r"training: learning rate 0\.005 \(cosine\), 0\.\d+ epochs \(20 steps\), r=16\n"
+    assert re.search(said, first.stderr), first.stderr
+    assert "hardly moved" not in first.stderr
+
+
+def test_a_loss_that_hardly_moves_is_told(first, chats, run, tmp_path, caplog):
+    arguments = ["--model", first.base, "--data", chats, "--output", tmp_path / "output", *SMALL]
+    code, _, err = run(*arguments, "--set=learning_rate=5e-6", "--steps=3")
+    assert code == 0, err
+    assert "the held-out loss hardly moved" in caplog.text
+    assert "at the learning rate 5e-06" in caplog.text
+
+
 def test_resume_after_a_crash_is_equal_to_the_bit(uninterrupted, run, tmp_path):
     output = tmp_path / "output"
     code, _, err = run(*uninterrupted.arguments, "--output", output)
@@ -290,22 +309,18 @@ def test_resume_after_a_crash_is_equal_to_the_bit(uninterrupted, run, tmp_path):
 def test_ctrl_c_saves_and_can_be_resumed(uninterrupted, first, run, tmp_path):
     output = tmp_path / "output"
     arguments = [*uninterrupted.arguments, "--output", output]
-    process = subprocess.Popen(
-        command(SCRIPT, *arguments),
-        env=environment(first.home),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    script = scripts.start(
+        *(SCRIPT, *arguments),
+        folder=tmp_path / "printed",
+        environment=environment(first.home),
     )
     log = output / "log.jsonl"
-    deadline = time.monotonic() + 120
     while not (log.exists() and '"train", "step": 3,' in log.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
+        assert script.poll() is None, script.stderr
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(script.pid, signal.SIGINT)
+    assert script.wait() == 130
+    err = script.stderr
     assert "Traceback" not in err
     assert "--resume" in err
     steps = [int(p.stem.rpartition("-")[2]) for p in (output / "checkpoints").iterdir()]
@@ -635,15 +650,15 @@ print(len(docs), hashlib.sha256(repr((docs, pairs)).encode()).hexdigest(), impor
 def test_quickstart(tmp_path):
     lines = (EXAMPLES / "quickstart.py").read_text().splitlines()
     assert len(lines) < 60
-    done = subprocess.run(
-        command(EXAMPLES / "quickstart.py"),
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
+    done = scripts.run(
+        EXAMPLES / "quickstart.py",
+        folder=tmp_path / "printed",
+        directory=tmp_path,
+        environment=environment(tmp_path),
+        filters="error",
     )
     assert done.returncode == 0, done.stderr
     printed = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(printed) == 5
     assert printed[-1] < 0.6 * printed[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "printed"}
