@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import nf4_oracle
 import pytest
 import torch
 from adapter_helpers import FOUR, lora_layers, refused
@@ -32,7 +33,7 @@ def folders(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens)).to(BF16)
@@ -88,12 +89,12 @@ def tensors_of(folder):
 
 def by_bitsandbytes(folder, weight):
     """The weight of the folder as bitsandbytes dequantises it."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import QuantState
 
     stored = tensors_of(folder)
     parts = {k: v for k, v in stored.items() if k.startswith(f"{weight}.")}
     state = QuantState.from_dict(parts, torch.device("cpu"))
-    return dequantize_4bit(stored[weight], quant_state=state)
+    return nf4_oracle.dequantized(stored[weight], state)
 
 
 # Reading
@@ -787,7 +788,7 @@ def test_a_4_bit_output_head_is_taken_over(folders, fill_factors):
 
 def test_dense_layers_of_a_4_bit_model_merge_without_a_dtype(folders, fill_factors):
     model = load_4bit(folders)
-    model.model.layers[0].mlp.down_proj = torch.nn.Linear(112, 64, bias=False, dtype=BF16)
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(128, 64, bias=False, dtype=BF16)
     lora.patch(model, ["layers.0.mlp.down_proj"], r=4, lora_alpha=8)
     lora.unpatch(fill_factors(model), merge=True)
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
