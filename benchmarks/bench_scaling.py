@@ -50,7 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness import paired_times, peak_mb, quantile, time_cells, write_csv
 
 ENGINES = ("ddp", "fsdp2")
-STUCK = timedelta(seconds=120)  # after which a collective that waits for a rank fails
+STUCK = timedelta(seconds=600)  # after which a collective that waits for a rank fails
 LIMIT = 900  # seconds of one torchrun
 WIRE_STEPS = 4  # of which the one with the fewest bytes on the interface counts
 LOOPBACK = Path("/proc/net/dev")

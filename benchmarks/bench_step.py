@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, help="default all, with --quick grid")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=CHECKPOINTING)
+    parser.add_argument("--providers", nargs="+", help="these beside the floor; default all")
     parser.add_argument("--layers", type=int, help="default 32, on a CPU 4")
     parser.add_argument("--shrink", type=int, help="divide all sizes; default 1, on a CPU 8")
     parser.add_argument("--batch", type=int, help="default 2, on a CPU 4")
@@ -327,6 +328,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     wrong = []
     for group in groups(args):
+        if args.providers:
+            group = [c for c in group if c.provider in ("frozen", *args.providers)]
         done: list[tuple[Combination, dict[str, Any]]] = []
         for c in group:
             measured = in_its_own_process(c)

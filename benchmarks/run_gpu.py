@@ -48,12 +48,28 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # compiling takes the time
     tests = [("tests", 180, ["-m", "pytest", "-q", *workers, *files])]
     headline = ["--tokens", "64" if small else "8192", "--dtypes", "bf16", *quick]
-    tokens = ["16"] if small else ["2048", "16384", "1", "16", "128", "512", "65536"]
-    wide = ["--tokens", *tokens, "--ranks", "16", "64", "--dtypes", "bf16", "--rounds", "2"]
-    wide += ["--models", "phi-3-mini", "phi-3-medium", "phi-4-mini"]
-    wide += ["--passes", "forward", "backward", "both", "--providers", *SWEPT]
+    wide = ["--dtypes", "bf16", "--rounds", "2", "--providers", *SWEPT]
     step = ["--parts", "grid", "nf4", "--dtypes", "bf16"]
-    step += ["--layers", "2", "--batch", "1", "--length", "32"] if small else []
+    if small:
+        wide += ["--tokens", "16", "--ranks", "16", "--models", "phi-3-mini", "--passes", "both"]
+        step += ["--layers", "2", "--batch", "1", "--length", "32", "--checkpointing", "none"]
+        step += ["--providers", "lora", "lora-nf4"]
+    else:
+        wide += [
+            "--tokens",
+            "2048",
+            "16384",
+            "1",
+            "16",
+            "128",
+            "512",
+            "65536",
+            "--ranks",
+            "16",
+            "64",
+        ]
+        wide += ["--models", "phi-3-mini", "phi-3-medium", "phi-4-mini"]
+        wide += ["--passes", "forward", "backward", "both"]
     return [
         *([] if small else tests),
         ("beta", 45, experiments("beta")),

@@ -1,11 +1,13 @@
 """The scaling benchmark runs on real processes; its counts and the plan are arithmetic from shapes."""
 
 import csv
-import subprocess
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 import lora
@@ -19,20 +21,32 @@ def _benchmarks_on_the_path(monkeypatch):
 
 
 def test_ranks_reduce_the_factors_and_no_more(tmp_path, monkeypatch):
+    """DDP's ranks by torchrun, as for a user; the others forked, which takes less time."""
+    import bench_scaling
     import readme_table
     from scaling_plan import Shapes, collectives
+
+    by_torchrun = bench_scaling.in_its_own_torchrun
+
+    def launched(c, engine, ranks):
+        if engine == "ddp":
+            return by_torchrun(c, engine, ranks)
+        running = scripts.start_ranks(
+            *(ranks, Path(bench_scaling.__file__)),
+            *("--rank-of", json.dumps([dataclasses.asdict(c), engine])),
+            folder=tmp_path / engine,
+            environment={"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {},
+            filters="ignore",
+        )
+        assert scripts.wait_for_all(running) == [0] * ranks, running[0].stderr
+        return json.loads(running[0].stdout.splitlines()[-1])
 
     path = tmp_path / "scaling_cpu.csv"
     options = ["--quick", "--ranks", "2", "--layers", "1", "--shrink", "32", "--batch", "2"]
     options += ["--length", "16", "--csv", str(path)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "bench_scaling.py"), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(bench_scaling, "in_its_own_torchrun", launched)
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", *options])
+    bench_scaling.main()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["provider"], row["ranks"]) for row in rows] == [

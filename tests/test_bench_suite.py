@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 from torch import nn
 
@@ -69,12 +70,26 @@ def test_unsloths_schedule_refuses_dropout():
         layer(torch.randn(2, 4))
 
 
-def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path):
+def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path, monkeypatch, capsys):
+    import run_gpu
+
     from harness import COLUMNS, source_hash
 
-    options = ["--device", "cpu", "--quick", "--shrink", "32", "--out", tmp_path]
-    done = script("benchmarks/run_gpu.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = []
+
+    def forked(name, command, limit):
+        folder = tmp_path / "printed" / name
+        done = scripts.run(ROOT / command[0], *command[1:], folder=folder, directory=ROOT)
+        printed.append(done.stdout + done.stderr)
+        return "ok" if done.returncode == 0 else f"failed with exit status {done.returncode}"
+
+    # bitsandbytes, one of the peers, is right on every CPU if all columns are multiples of 64.
+    options = ["--device", "cpu", "--quick", "--shrink", "16", "--out", str(tmp_path)]
+    monkeypatch.setattr(run_gpu, "run", forked)
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", *options])
+    with pytest.raises(SystemExit) as stop:
+        run_gpu.main()
+    assert stop.value.code == 0, "\n".join(printed)
     benches = set()
     for path in tmp_path.glob("*.csv"):
         with path.open(newline="") as file:
@@ -85,14 +100,14 @@ def test_everything_runs_on_a_cpu_and_writes_one_schema(tmp_path):
         benches |= {row["bench"] for row in rows}
     nf4 = {"kernels nf4", "step nf4"}
     assert benches == {"layers", "kernels", "step grid", "beta", "bandwidth", *nf4}
-    assert "philox: needs a GPU, nothing measured" in done.stdout
+    assert any("philox: needs a GPU, nothing measured" in text for text in printed)
     plots = {path.name for path in tmp_path.glob("*.png")}
     assert plots == {"over_frozen.png", "kept.png", "kernels.png"}
-    summary = done.stdout.splitlines()[-7:]
+    summary = capsys.readouterr().out.splitlines()[-7:]
     assert all(" ok, " in line for line in summary), summary
 
 
-SMALL = {"device": "cpu", "layers": 1, "shrink": 32, "batch": 2, "length": 32, "rounds": 1}
+SMALL = {"device": "cpu", "layers": 1, "shrink": 16, "batch": 2, "length": 32, "rounds": 1}
 STEPS = {
     "fp32": {"dtype": "fp32"},
     "autocast": {"dtype": "autocast"},
@@ -104,8 +119,6 @@ STEPS = {
 }
 
 
-# transformers is renaming the method that all its releases have
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name", STEPS)
 def test_every_step_is_the_frozen_models_at_first(name):
     from bench_step import VARIANTS, Combination, measure
@@ -119,8 +132,6 @@ def test_every_step_is_the_frozen_models_at_first(name):
         assert len(ours["times"]) == SMALL["rounds"]
 
 
-# PEFT reads a property of models that transformers is renaming
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_every_step_on_4_bits_is_the_quantised_models_at_first():
     from bench_step import Combination, measure
 
@@ -170,7 +181,7 @@ def test_the_floor_is_the_median_of_its_runs_and_the_table_says_so(tmp_path, mon
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     lines = readme_table.training_table().splitlines()
     assert lines[2] == (
-        "| phi-3-mini / 32, 1 layers: step | bf16 | 64 "
+        "| phi-3-mini / 16, 1 layers: step | bf16 | 64 "
         "| 110 ms, 100 to 120 (50 MB) | 1.00 (60 MB) | – |"
     )
     assert "| use_dora | 1.33 | 1.50 |" in lines  # over its own group's lora, 400 and 500 ms
@@ -206,7 +217,7 @@ def test_rows_on_4_bits_have_tables_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     lines = readme_table.training_table().splitlines()
     assert (
-        "| phi-3-mini / 32, 1 layers: step, bf16, 64 tokens | 100 ms (50 MB), 80 MB "
+        "| phi-3-mini / 16, 1 layers: step, bf16, 64 tokens | 100 ms (50 MB), 80 MB "
         "| 1.20 (50 MB), 81 MB | – | 1.50 (50 MB), 21 MB | – | 1.25 |"
     ) in lines
     lines = readme_table.table().splitlines()
