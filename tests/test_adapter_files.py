@@ -140,6 +140,14 @@ def test_killed_at_200_random_moments_nothing_is_lost(tmp_path):
         assert f"'{outcome}': 0" not in done.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="which cannot sync a folder")
+def test_what_gets_its_name_is_on_the_disk(assert_durable, tmp_path):
+    write_adapter(small_adapter(0), tmp_path / "adapter")
+    assert_durable(1)  # a new folder
+    write_adapter(small_adapter(1), tmp_path / "adapter")
+    assert_durable(2)  # both files
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace", "rename", "open"])
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("exists", [True, False], ids=["kept", "fresh"])
@@ -210,7 +218,7 @@ def test_a_folder_is_read_and_healed_while_it_is_written(tmp_path):
             write_adapter(small_adapter(number), tmp_path)
     finally:
         (tmp_path / "stop").touch()
-        errors = [reader.communicate(timeout=60)[1] for reader in readers]
+        errors = [reader.communicate(timeout=600)[1] for reader in readers]
     assert [reader.returncode for reader in readers] == [0, 0], errors
     assert same(read_adapter(tmp_path).checked(), small_adapter(399))
     assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]

@@ -365,6 +365,15 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="which cannot sync a folder")
+def test_a_merged_checkpoint_is_on_the_disk_when_it_gets_its_name(
+    make_case, tmp_path, assert_durable
+):
+    _, folder, adapter = make_case()
+    merge_checkpoint(folder, adapter, tmp_path / "out")
+    assert_durable(1)
+
+
 def test_an_interrupted_merge_leaves_nothing(tiny, tmp_path):
     base, adapter = tiny
 

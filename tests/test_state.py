@@ -141,6 +141,10 @@ def test_merged_context_restores_everything():
         assert torch.equal(model(x), y)
     assert [(m.training, m.merged, m.merge_weights) for m in (model[0], model[2])] == before
     assert model[0].lora_dropout.training
+    model[0].lora_dropout.eval()  # a mode of its own, which is restored too
+    with lora.merged(model):
+        pass
+    assert not model[0].lora_dropout.training
     torch.testing.assert_close(y, model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
@@ -159,6 +163,8 @@ def test_summary_prints_and_returns_the_table(capsys):
         ("MergedLinear", 1, (6, 8), "3 (3)", 2, 0.5),
     ]
     assert sum(r.parameters for r in table.rows) == table.trainable_parameters
+    # Two a weight forward and for the gradient of the input, and two for its own gradient if it trains.
+    assert table.flops_per_token == 4 * (8 * 6 + 6 * 8 + 6 * 6) + 6 * table.trainable_parameters
     assert "merged: 0 of 2 layers" in printed
     assert f"({100 * 50 / table.total_parameters:.4f} %)" in printed
     model.eval()
@@ -166,7 +172,6 @@ def test_summary_prints_and_returns_the_table(capsys):
     assert lora.summary(nn.Linear(2, 2)).rows == ()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_do_not_hide_what_trains():
     inner = nn.Sequential(checkpoint_wrapper(lora.Linear(4, 4, 2)), nn.Linear(4, 2))
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
