@@ -14,7 +14,6 @@ from torch import nn
 import lora
 
 # PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
-OF_TRANSFORMERS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -8,8 +8,10 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 sys.path.append(str(ROOT / "tests"))  # of what several files of tests share
 
 import importlib.metadata  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 import subprocess  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; what they start does so too
@@ -29,9 +31,34 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and config.getoption("numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.loadscopereorder = False  # not by the number of tests: see LONGEST
+
+
+def pytest_sessionfinish() -> None:
+    if "scripts" in sys.modules:
+        sys.modules["scripts"].stop_server()
+
+
+# The files that take longest, which begin first, so that neither process ends up alone with one.
+LONGEST = (
+    "test_examples_processes",
+    "test_training_step",
+    "test_distributed",
+    "test_kernels_interpreter",
+    "test_bench_suite",
+    "test_examples",
+    "test_package",
+    "test_variants",
+    "test_quantized_disk",
+    "test_compile",
+    "test_example_trl",
+    "test_hf",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -43,6 +70,57 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def strict_warnings(pytestconfig):
+    """Options of an interpreter that treats warnings as the tests do (see pyproject.toml)."""
+    return [option for text in pytestconfig.getini("filterwarnings") for option in ("-W", text)]
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory, strict_warnings):
+    """`finetune_phi3.py` without --model and --data, shortened, in a fresh home: once for all workers.
+
+    (home, work, output, arguments, report, base): base is the stand-in for Phi-3 that it has trained.
+    """
+    filelock = pytest.importorskip("filelock")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # which all workers have
+    home = shared / "default-run"
+    work, output, done = home / "work", home / "output", home / "report.json"
+    quick = ("logging_steps=1", "save_steps=10", "eval_steps=10", "eval_samples=64")
+    arguments = [
+        "--output",
+        output,
+        "--base-steps=20",
+        "--steps=20",
+        *(f"--set={q}" for q in quick),
+    ]
+    with filelock.FileLock(shared / "default-run.lock"):
+        if not done.exists():
+            for folder in (work, home / "home"):
+                folder.mkdir(parents=True, exist_ok=True)
+            script = ROOT / "examples" / "finetune_phi3.py"
+            command = [sys.executable, *strict_warnings, str(script), *map(str, arguments)]
+            told = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "MPLCONFIGDIR")}
+            told |= {"HOME": str(home / "home"), "XDG_CACHE_HOME": str(home / "cache")}
+            told |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+            run = subprocess.run(command, cwd=work, env=told, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            (home / "stderr").write_text(run.stderr)
+            done.write_text(run.stdout.splitlines()[-1])
+    base = next((home / "cache" / "lora").glob("phi3-standin-*"))
+    return SimpleNamespace(
+        home=home,
+        work=work,
+        output=output,
+        arguments=arguments,
+        report=json.loads(done.read_text()),
+        stderr=(home / "stderr").read_text(),
+        base=base,
+    )
 
 
 @pytest.fixture
@@ -69,6 +147,44 @@ def in_a_new_process():
         return list(map(int, done.stdout.split()))
 
     return run
+
+
+@pytest.fixture
+def assert_durable(monkeypatch):
+    """A function that fails unless all that was renamed so far was on the disk before and after.
+
+    Before: the contents of the file, or of the folder and its files. After: the folder that has the
+    new name. Otherwise a power failure leaves an empty file under the right name, or none.
+    """
+    events = []
+    fsync = os.fsync
+
+    def record_sync(descriptor):
+        events.append(("sync", {os.fstat(descriptor).st_ino}))
+        fsync(descriptor)
+
+    def recorded(rename):
+        def call(source, target):
+            inside = Path(source).rglob("*")
+            events.append(("rename", {p.stat().st_ino for p in (Path(source), *inside)}))
+            rename(source, target)
+            events.append(("renamed", {os.stat(Path(target).parent).st_ino}))
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", recorded(os.rename))
+    monkeypatch.setattr(os, "replace", recorded(os.replace))
+
+    def check(renames: int) -> None:
+        assert [kind for kind, _ in events].count("renamed") == renames
+        for number, (kind, inodes) in enumerate(events):
+            nearby = {"rename": events[:number], "renamed": events[number:]}.get(kind, ())
+            synced = set().union(*(i for k, i in nearby if k == "sync"))
+            assert kind == "sync" or inodes <= synced, events
+        events.clear()
+
+    return check
 
 
 @pytest.fixture

@@ -151,10 +151,10 @@ def refusal(model: nn.Module) -> str:
 
 
 def main(folder: Path) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # a rank that is stuck says where
+    faulthandler.dump_traceback_later(600, exit=True)  # a rank that is stuck says where
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Slicing a flattened dim", UserWarning)  # accelerate does so
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     rank = dist.get_rank()
     for case in CASES:
         trainer, results = run(case, folder)

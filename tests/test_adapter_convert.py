@@ -15,10 +15,6 @@ from lora.adapter.contents import Adapter, AdapterError, Layer
 from lora.adapter.convert import from_loralib, fuse, portable, split, to_loralib
 from lora.adapter.storage import blocks
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ROWS = {"qkv_proj": (8, 4, 4), "gate_up_proj": (6, 6)}
 

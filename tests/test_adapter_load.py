@@ -13,7 +13,6 @@ import torch
 from adapter_helpers import (
     CONFIG,
     FOUR,
-    OF_TRANSFORMERS,
     QKV_A,
     QKV_B,
     TENSORS,
@@ -38,9 +37,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora
-
-pytestmark = pytest.mark.filterwarnings(OF_TRANSFORMERS)
-
 
 # What is refused
 

@@ -13,7 +13,6 @@ from adapter_helpers import (
     CONFIG,
     FOUR,
     IDS,
-    OF_TRANSFORMERS,
     assert_near,
     assert_same_logits,
     assert_same_model,
@@ -43,8 +42,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import lora
-
-pytestmark = pytest.mark.filterwarnings(OF_TRANSFORMERS)
 
 
 class Net(nn.Module):

@@ -501,7 +501,6 @@ def test_backward_under_autocast_of_an_fp32_forward(layer_case, fill_factors):
     torch.testing.assert_close(layer.lora_A.grad, expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own parts
 def test_forward_on_meta_and_with_fake_tensors(layer_case):
     _, make, _, x = layer_case
     for mode in (True, False):
@@ -513,7 +512,6 @@ def test_forward_on_meta_and_with_fake_tensors(layer_case):
             assert make().train(mode)(fake).shape == y.shape
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_layer_can_be_copied(layer_case):
     _, make, _, x = layer_case
     layer = make()
@@ -521,8 +519,7 @@ def test_a_compiled_layer_can_be_copied(layer_case):
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace takes shapes for constants
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("mode", [True, False])
 def test_jit_trace(fill_factors, p, mode):
@@ -535,8 +532,6 @@ def test_jit_trace(fill_factors, p, mode):
         assert not torch.equal(traced(x), traced(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_forward_mode_and_batched_gradients(layer_case, fill_factors):
     _, make, _, x = layer_case
     layer = fill_factors(make()).double()

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from adapter_helpers import OF_TRANSFORMERS, move
+from adapter_helpers import move
 from peft import PeftModel
 from torch import nn
 
@@ -258,7 +258,6 @@ def test_buffers_of_a_module_trained_in_full_are_saved_to_the_bit(tmp_path):
     assert same_state(plain.state_dict(), model.state_dict())
 
 
-@pytest.mark.filterwarnings(OF_TRANSFORMERS)
 def test_tokens_that_were_added_are_trained_and_saved(make_phi3, tmp_path):
     def resized():
         model = make_phi3()

@@ -3,13 +3,11 @@
 accelerate shards on GPUs alone; `ShardingTrainer` in hf_fsdp_cases.py says what that takes on CPUs.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scripts
 import torch
 
 pytest.importorskip("transformers")
@@ -20,25 +18,20 @@ import hf_fsdp_cases as cases
 import lora
 import lora.hf
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder in which two processes have left the results of all cases."""
     folder = tmp_path_factory.mktemp("two")
-    command = [*LAUNCH, cases.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=150
-        )
-        out, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        out = "".join((text or b"").decode() for text in (error.stdout, error.stderr))
-        code = "none within 150 s"
+    running = scripts.start_ranks(
+        *(2, Path(cases.__file__), folder),
+        folder=folder / "printed",
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+    )
+    codes = scripts.wait_for_all(running)
+    out = "".join(script.stdout + script.stderr for script in running)
     silent = [rank for rank in range(2) if f"rank {rank} of 2: done" not in out]
-    assert (code, silent) == (0, []), f"exit code {code}, not done: ranks {silent}\n{out}"
+    assert (codes, silent) == ([0, 0], []), f"exit codes {codes}, not done: ranks {silent}\n{out}"
     return folder
 
 

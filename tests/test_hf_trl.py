@@ -19,9 +19,6 @@ import lora
 import lora.hf
 
 # TRL uses names that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"
-)
 
 PUBLISHED_NAMES = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

@@ -97,9 +97,6 @@ def test_keep_zeroes_infinities_and_nans():
     assert (keep(x, bits)[~unpack(bits, 64)] == 0).all()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # opcheck's
 def test_custom_ops_are_well_registered():
     x = torch.randn(3, 21, requires_grad=True)
     bits = draw_keep_bits(63, 0.5, device=CPU)

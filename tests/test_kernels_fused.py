@@ -86,12 +86,19 @@ def test_error_is_at_most_twice_pytorchs(case, dtype, factors):
     exact = step(tensors, grad, options, "torch", torch.float64)
     eager = step(tensors, grad, options, "torch")
     fused = step(tensors, grad, options, "triton")
-    for want, theirs, ours in zip(exact, eager, fused, strict=True):
+    allowed = [torch.zeros_like(value) for value in exact]
+    if grad[..., 0].numel() == 1:
+        # dA is dSᵀ x of one token: all its error is that of a sum, dS, which PyTorch may round luckily
+        # or not. Allowed is one rounding to fp32 of the sum of absolute values.
+        absolute = [None if t is None else t.detach().abs().requires_grad_() for t in tensors]
+        sums = step(absolute, grad.abs(), options, "torch", torch.float64)
+        allowed[-2] = sums[-2] * torch.finfo(torch.float32).eps / 2
+    for want, theirs, ours, more in zip(exact, eager, fused, allowed, strict=True):
         assert ours.dtype == theirs.dtype
         # Two roundings of a typical element: what is left when PyTorch happens to hit the value.
         small = 2 * torch.finfo(ours.dtype).eps * want.square().mean().sqrt()
         for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
-            assert norm(ours - want) <= 2 * norm(theirs - want) + small
+            assert norm(ours - want) <= 2 * norm(theirs - want) + small + norm(more)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,8 +129,13 @@ def mask(rows, columns, p):
     return keep(torch.ones(rows, columns), bits).bool()
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(5, 16), (70, 41), (19, 200), (130, 8)])
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.97])
+@pytest.mark.parametrize(
+    ("rows", "columns", "p"),
+    [
+        *((5, 16, p) for p in (0.05, 0.5, 0.97)),
+        *[(70, 41, 0.05), (19, 104, 0.5), (130, 8, 0.97)],
+    ],
+)
 def test_the_masks_are_the_references_bit_by_bit(rows, columns, p):
     want = mask(rows, columns, p)
     x = torch.ones(rows, columns, device=DEVICE)
@@ -140,14 +152,20 @@ def test_the_masks_are_the_references_bit_by_bit(rows, columns, p):
     assert torch.equal(dA.cpu(), counted)
 
 
-@pytest.mark.parametrize("asked", range(1, 32))
-def test_what_is_not_asked_for_is_skipped_and_the_rest_is_the_same(asked):
+@pytest.fixture(scope="module")
+def whole_step():
+    """Of "odd sizes": the tensors, the options, the output's gradient, y and all gradients."""
+    torch.manual_seed(0)
     tensors, options = problem("odd sizes", torch.float32)
     grad = torch.randn(67, 56).to(DEVICE)
-    everything = step(tensors, grad, options, "triton")
+    return tensors, options, grad, step(tensors, grad, options, "triton")
+
+
+@pytest.mark.parametrize("asked", range(1, 32))
+def test_what_is_not_asked_for_is_skipped_and_the_rest_is_the_same(asked, whole_step):
+    tensors, options, grad, everything = whole_step
     names = [bool(asked >> i & 1) for i in range(5)]
-    for tensor, on in zip(tensors, names, strict=True):
-        tensor.requires_grad_(on)
+    tensors = [t.detach().requires_grad_(on) for t, on in zip(tensors, names, strict=True)]
     got = step(tensors, grad, options, "triton")
     chosen = [g for g, on in zip(everything[1:], names, strict=True) if on]
     assert len(got) == 1 + sum(names)
@@ -337,8 +355,6 @@ def test_gradients_of_gradients_equal_pytorchs():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("case", ["few tokens", "odd sizes"])
 def test_the_operators_are_well_registered(case):
     (x, weight, bias, A, B), options = problem(case, torch.float32)
@@ -353,7 +369,6 @@ def test_the_operators_are_well_registered(case):
     assert options["splits"][0] == rows[1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("backend", ["aot_eager"] + ([] if INTERPRETED else ["inductor"]))
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_a_training_step_compiles_whole(layer, backend, tokens):
@@ -372,7 +387,6 @@ def test_a_training_step_compiles_whole(layer, backend, tokens):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_one_dynamic_graph_serves_few_and_many_tokens(layer):
     torch._dynamo.reset()
     layer.lora_dropout.p = 0.0
@@ -386,7 +400,6 @@ def test_one_dynamic_graph_serves_few_and_many_tokens(layer):
     assert counter.frame_count <= 2  # a static graph first, then one for all sizes
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_checkpointing_inside_a_compiled_step_keeps_the_mask(layer):
     torch._dynamo.reset()
     x = torch.randn(70, 24, device=DEVICE)

@@ -220,7 +220,6 @@ class TestLoRALinear:
         assert explain(*arguments).endswith("on an NF4 weight that is dequantised before")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestCompile:
     @pytest.mark.parametrize("p", [0.0, 0.25])
     def test_a_compiled_step_is_whole_and_keeps_nothing_dense(self, p):
@@ -247,10 +246,12 @@ class TestCompile:
 
         x = torch.randn(3, 128, requires_grad=True)
         y = torch.compile(step, backend=backend, fullgraph=True)(x)
-        torch.testing.assert_close(y, step(x))
-        got = torch.autograd.grad(y.sum(), (x, A, B))
-        for one, other in zip(got, torch.autograd.grad(step(x).sum(), (x, A, B)), strict=True):
-            torch.testing.assert_close(one, other)
+        got = y, *torch.autograd.grad(y.sum(), (x, A, B))
+        want = step(x)
+        want = want, *torch.autograd.grad(want.sum(), (x, A, B))
+        for one, other in zip(got, want, strict=True):  # sums of 128 products and more, that cancel
+            atol = 1e-6 * other.abs().max().item()
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=atol)
         forward, backward = graphs
         kept = [node.meta["val"].numel() for node in forward.graph.output_node().args[0]]
         assert max(kept) < 128 * 192

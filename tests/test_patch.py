@@ -67,7 +67,6 @@ SELECTIONS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers
 @pytest.mark.parametrize(("targets", "patterns"), SELECTIONS)
 def test_selection_equals_pefts(targets, patterns):
     config = peft.LoraConfig(r=2, lora_alpha=4, **targets, **patterns)
@@ -247,7 +246,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_the_offender_and_touch_nothing(case):
     make, targets, message = REFUSED[case]

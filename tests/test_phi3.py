@@ -133,7 +133,6 @@ def test_training_through_from_pretrained(make_phi3, tmp_path, dtype):
         assert torch.equal(loss_of(fresh.eval()), loss_of(model.eval()))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers is renaming the method
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(make_phi3, fill_factors, when, use_reentrant):
@@ -356,7 +355,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_the_offender_and_touch_nothing(case, make_phi3):
     make, options, message = REFUSED[case]

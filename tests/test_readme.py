@@ -47,8 +47,6 @@ def one_of_one(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*this adapter does nothing yet")  # the README does not train
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*:FutureWarning")  # the published name
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # as it imports its compiler
 @pytest.mark.parametrize("name", [*WITH_CODE, *GUIDES])
 def test_the_blocks_run_in_order(name, small_phi3, one_of_one, tmp_path, monkeypatch):
     """Of a section of the README, or of a whole guide."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from adapter_helpers import (
     FOUR,
-    OF_TRANSFORMERS,
     QKV_A,
     changed,
     edit,
@@ -26,8 +25,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lora
-
-pytestmark = pytest.mark.filterwarnings(OF_TRANSFORMERS)
 
 
 def three_adapters(make, fill_factors, folder):
@@ -204,8 +201,6 @@ def test_a_further_adapter_trains_when_it_is_active(make_phi3, fill_factors, tmp
     assert trains["b"] == heads | {"lm_head.weight"}
 
 
-# What torch itself warns about while it imports its compiler or traces.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", OF_TRANSFORMERS)
 def test_a_compiled_model_recompiles_for_a_new_rank_alone(fill_factors, tmp_path):
     def make():
         torch.manual_seed(0)
@@ -308,8 +303,6 @@ def test_a_name_is_a_string_with_characters(name, tmp_path):
         refused(model, tmp_path, f"name={name!r}: expected a string", name=name)
 
 
-# What torch itself warns about while it imports its compiler.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_unpatching_a_compiled_model_forgets_its_adapters(tmp_path):
     saved(tmp_path, ["body"])
     model = small()

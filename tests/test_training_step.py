@@ -24,8 +24,6 @@ VARIANTS = {
     "lorafa": {"use_lorafa": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
-# transformers is renaming the method that all its releases have.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 
 
 @pytest.fixture
@@ -100,9 +98,6 @@ class TestCheckpointing:
         assert torch.equal(states[0], states[2])
 
 
-# What torch itself warns about while it imports its compiler or traces.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 class TestCompiling:
     @pytest.mark.parametrize(
         ("variant", "p", "checkpointing"),
@@ -132,7 +127,6 @@ class TestCompiling:
         got, found = step(model, torch.compile(loss_of, fullgraph=True))
         assert_near({"loss": got, **found}, {"loss": loss, **gradients}, 1e-5)
 
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     def test_with_transformers_hook_no_more_breaks_than_the_frozen_model(self, make, make_phi3):
         torch._dynamo.reset()
         frozen = make_phi3(num_hidden_layers=1).requires_grad_(False).train()

@@ -242,8 +242,6 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_gradients(options, frozen)
         assert (found[name] - want).abs().max() < 0.03 * want.abs().max(), name
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler and its imports
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["linear", "parts transposed without bias"])
 def test_compiled_is_eager(kind, options):
     torch._dynamo.reset()
@@ -259,8 +257,6 @@ def test_compiled_is_eager(kind, options):
     torch.testing.assert_close(output(compiled, x), output(layer, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler and its imports
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_inductor_gives_eagers_values_and_gradients():
     torch._dynamo.reset()
     make = partial(lora.MergedLinear, 10, 14, **SIZES, **PARTS, lora_dropout=P)
@@ -750,7 +746,6 @@ def test_a_model_without_values_is_patched_and_filled_later(options):
     torch.testing.assert_close(model(x), formula(model[0], x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's
 def test_forward_mode_takes_the_norm_for_a_constant_too():
     layer = trained(lora.Linear(10, 14, **SIZES, use_dora=True, dtype=torch.float64))
     x, B = torch.randn(5, 10, dtype=torch.float64), layer.lora_B.detach()

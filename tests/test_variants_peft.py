@@ -10,7 +10,6 @@ import torch
 from adapter_helpers import (
     CONFIG,
     IDS,
-    OF_TRANSFORMERS,
     assert_near,
     edit,
     logits,
@@ -32,10 +31,6 @@ from lora.adapter import AdapterError, adapter_of, fuse, read_adapter, split, wr
 from lora.adapter.merge import merge_checkpoint
 
 # PEFT says so of a layer without a bias; loading and running it is right.
-WITHOUT_BIAS = "ignore:`lora_bias=True` was passed but the targeted layer:peft.PeftWarning"
-# PEFT 0.21 takes its own lora_B.bias, which has one dimension, for a sharded factor.
-OF_SAVING = "ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape:peft.PeftWarning"
-pytestmark = [pytest.mark.filterwarnings(OF_TRANSFORMERS), pytest.mark.filterwarnings(OF_SAVING)]
 
 TARGETS = ["one", "two"]
 PISSA = {"init_lora_weights": "pissa"}
@@ -161,7 +156,6 @@ def bias(request):
 # Computing and training
 
 
-@pytest.mark.filterwarnings(WITHOUT_BIAS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_pefts(variant, dtype, bias):
@@ -182,7 +176,6 @@ def test_outputs_and_gradients_are_pefts(variant, dtype, bias):
         assert_near(mine, wanted, TOLERANCE[dtype])
 
 
-@pytest.mark.filterwarnings(WITHOUT_BIAS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ten_steps_from_the_beginning_are_pefts(variant, dtype, bias):
@@ -333,7 +326,6 @@ def assert_same_adapter(one, other):
 # Adapters: from lora to PEFT
 
 
-@pytest.mark.filterwarnings(WITHOUT_BIAS)
 def test_peft_computes_what_we_saved(make, options, bias, tmp_path):
     plain, patched = make
     ours = trained(patched(bias, **options))
@@ -356,7 +348,6 @@ def test_peft_computes_what_we_saved(make, options, bias, tmp_path):
             assert_near(state[name], value, 1e-12)
 
 
-@pytest.mark.filterwarnings(WITHOUT_BIAS)
 def test_peft_computes_what_we_saved_of_phi3(options, make_phi3, tmp_path):
     plain = make_phi3().double()
     ours = lora.patch_phi3(copy.deepcopy(plain), 4, 8, 0.1, "all-linear", **options).eval()
@@ -435,7 +426,6 @@ THEIRS = {name: OURS[name] for name in ("rsLoRA", "DoRA", "DoRA and rsLoRA")}
 THEIRS |= {name: OURS[name] for name in ("lora_bias", "lora_bias and rsLoRA")}
 
 
-@pytest.mark.filterwarnings(WITHOUT_BIAS)
 @pytest.mark.parametrize("variant", THEIRS)
 def test_we_compute_and_train_on_what_peft_saved(variant, bias, tmp_path):
     shared = {"target_modules": TARGETS, "r": 3, "lora_alpha": 6, "lora_dropout": 0.1}
