@@ -1,6 +1,6 @@
 """bitsandbytes' dequantisation as an oracle, checked against the definition of NF4 first.
 
-bitsandbytes 0.50.2 dequantises wrongly on CPUs with AVX-512 if the columns are no multiple of 64.
+bitsandbytes 0.50.2 dequantises wrongly on CPUs with AVX-512 if the columns are not a multiple of 64.
 """
 
 import torch
