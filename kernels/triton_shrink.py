@@ -49,7 +49,7 @@ CONFIGS: Table = {
         128: Config(rows=64, columns=64, warps=4, stages=4),
     },
     "fp32": {32: Config(rows=64, columns=32, warps=8, stages=2)},
-    "interpreter": {32: Config(rows=32, columns=32, warps=4, stages=1)},
+    "interpreter": {32: Config(rows=32, columns=16, warps=4, stages=1)},
 }
 PROGRAMS = 2  # a processor: one alone waits for its own mask
 MOST_SPLITS = 16  # more slabs cost the next kernel more than they save this one
