@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .kernels.nf4_tensor import NF4Tensor
 from .kernels.ops import autocast_off
 from .sharded import (
+    FSDP_MARK,
     TENSOR_PARALLEL,
     is_sharded,
     own_class,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
-
-_FSDP_MARK = "_is_fsdp_managed_module"  # what FSDP sets on every module whose Parameters it manages
 
 
 class _Merged(NamedTuple):
@@ -331,7 +330,7 @@ class LoRALayer(_Module):
     @property
     def is_sharded(self) -> bool:
         """Whether an engine has spread the Parameters over processes, gathered now or not."""
-        managed = self.__dict__.get(_FSDP_MARK, False)
+        managed = self.__dict__.get(FSDP_MARK, False)
         return bool(managed) or any(map(is_sharded, self._parameters.values()))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -340,7 +339,7 @@ class LoRALayer(_Module):
         The mark stays a plain attribute of the instance: torch.compile looks it up statically and
         would take a property for it.
         """
-        if name == _FSDP_MARK and value and self.merged:
+        if name == FSDP_MARK and value and self.merged:
             raise ValueError(
                 f"fully_shard on a merged {type(self).__name__} (eval mode, merge_weights=True): every "
                 "process would keep its whole merged weight; build the model again and call "
@@ -361,7 +360,7 @@ class LoRALayer(_Module):
             else p
             for own, p in self._parameters.items()
         }
-        for name in (_FSDP_MARK, TENSOR_PARALLEL, "forward"):
+        for name in (FSDP_MARK, TENSOR_PARALLEL, "forward"):
             one.__dict__.pop(name, None)
         return one
 

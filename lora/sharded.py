@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FSDP_MARK = "_is_fsdp_managed_module"  # attribute that FSDP sets on the modules that it manages
 _OF_FSDP2 = "set_reshard_after_forward"  # a method of FSDPModule; to import it would take long
 TENSOR_PARALLEL = "_tensor_parallel"  # attribute of modules that `lora.tensor_parallel` has sharded
 
@@ -57,7 +58,7 @@ def foreign(tensor: object) -> str:
 def refuse_sharded(model: nn.Module, what: str, advice: str) -> None:
     """ValueError by name if a Parameter of `model` is sharded or an engine manages its module."""
     for name, module in model.named_modules():
-        managed = getattr(module, "_is_fsdp_managed_module", False)
+        managed = getattr(module, FSDP_MARK, False)
         if managed or any(is_sharded(p) or foreign(p) for p in module._parameters.values()):
             raise ValueError(f"{name or type(module).__name__} is sharded: {what}; {advice}")
 

@@ -145,10 +145,9 @@ def start(
     process = _context.Process(
         target=_child, args=(str(path), words, environment, where, output, filters)
     )
+    # The server imports what lies where it starts, and the root has a folder kernels/.
     here = os.getcwd()
-    os.chdir(
-        folder
-    )  # the server imports what lies where it starts, and the root has a folder kernels/
+    os.chdir(folder)
     try:
         process.start()
     finally:
