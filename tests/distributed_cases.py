@@ -698,6 +698,7 @@ def layers_under(engine: str) -> Found:
     elif engine == "tensor_parallel":
         parallelize_module(model, mesh(), {"0": tp.ColumnParallel(), "2": tp.RowParallel()})
         got = step(model, x)
+        masks_of_a_row_parallel_layer_differ()
     else:
         if engine == "ddp":
             model = DistributedDataParallel(model)
@@ -709,6 +710,25 @@ def layers_under(engine: str) -> Found:
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
     return {}
+
+
+def masks_of_a_row_parallel_layer_differ() -> None:
+    """From one process to the next, from one step to the next; all processes see the same output."""
+    n = mesh().size()
+    layer = lora.Linear(32 * n, 32 * n, r=32 * n, lora_alpha=32 * n, lora_dropout=0.5, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.copy_(torch.eye(32 * n))
+        layer.lora_B.copy_(torch.eye(32 * n))
+    parallelize_module(layer, mesh(), tp.RowParallel())
+    outputs = [layer(torch.ones(1, 32)).detach() for _ in range(2)]  # this process's part of x
+    masks = [part for y in outputs for part in y.view(n, 32)]
+    assert all(set(mask.tolist()) == {0.0, 2.0} for mask in masks)
+    for i, mask in enumerate(masks):
+        assert not any(torch.equal(mask, other) for other in masks[:i])
+    seen = [None] * n
+    dist.all_gather_object(seen, outputs[0].tolist())
+    assert all(other == seen[0] for other in seen)
 
 
 for _engine in ("ddp", "fsdp2", "dtensor", "tensor_parallel"):

@@ -59,6 +59,65 @@ PROCESSES = "tests/test_distributed.py::test_several_processes_are_one"
 MUTANTS = [
     # kernels/
     Mutant(
+        "second-derivative-without-scale",
+        "kernels/ops.py",
+        "grad_s if ds is None else grad_s + alpha * ds, 1.0",
+        "grad_s if ds is None else grad_s + ds, 1.0",
+        ("tests/test_kernels_lora_linear.py::test_a_loss_with_a_gradient_penalty",),
+    ),
+    Mutant(
+        "any-format-version",
+        "lora/adapter/storage.py",
+        'if verified and facts.get("format") != _FORMAT:',
+        'if verified and facts.get("format") is None:',
+        ("tests/test_adapter_files.py::test_hostile_metadata_is_refused",),
+    ),
+    Mutant(
+        "digest-without-dtype",
+        "lora/adapter/storage.py",
+        "{key}\\0{tensor.dtype}\\0{tuple(",
+        "{key}\\0{tuple(",
+        (
+            "tests/test_adapter_files.py::"
+            "test_the_digest_tells_names_dtypes_shapes_and_bytes_apart",
+        ),
+    ),
+    Mutant(
+        "small-convolution-updates-rounded-away",
+        "lora/conv.py",
+        "half = self.weight.element_size() < 4 or",
+        "half = self.weight.element_size() < 2 or",
+        ("tests/test_conv.py::test_small_updates_are_not_rounded_away_in_half_precision",),
+    ),
+    Mutant(
+        "transposed-dora-norms-of-the-rows",
+        "lora/adapter/merge.py",
+        "            if layer.transposed:\n                squares +=",
+        "            if layer.shape[0] == layer.shape[1]:\n                squares +=",
+        ("tests/test_adapter_merge.py::test_dora_has_the_norms_of_the_rows_of_out_in",),
+    ),
+    Mutant(
+        "patterns-match-within-a-name",
+        "lora/targets.py",
+        'rf"(?:.*\\.)?(?:{key})"',
+        'rf".*(?:{key})"',
+        ("tests/test_patch.py::test_bad_options_are_named_and_touch_nothing",),
+    ),
+    Mutant(
+        "one-mask-for-all-processes",
+        "lora/tensor_parallel.py",
+        "step = (self.rank * _SEED_STEP",
+        "step = (0 * _SEED_STEP",
+        (f"{PROCESSES}[2-layers_tensor_parallel]",),
+    ),
+    Mutant(
+        "one-mask-for-all-steps",
+        "lora/tensor_parallel.py",
+        "device=device).random_(-(2**63), None)",
+        "device=device).zero_()",
+        (f"{PROCESSES}[2-layers_tensor_parallel]",),
+    ),
+    Mutant(
         "formula-without-keep-scale",
         "kernels/reference.py",
         "x * mask / (1 - p)",

@@ -465,6 +465,7 @@ HOSTILE_FACTS = {
     "a layer fewer": lambda facts: facts["layers"].pop("a"),
     "a layer more": lambda facts: facts["layers"].update(c=facts["layers"]["a"]),
     "layers in a list": lambda facts: facts.update(layers=[1]),
+    "a later format": lambda facts: facts.update(format=2),
     "no config": lambda facts: facts.pop("config"),
     "no modules_to_save": lambda facts: facts.pop("modules_to_save"),
     "modules_to_save of numbers": lambda facts: facts.update(modules_to_save=3),
@@ -483,6 +484,18 @@ def test_hostile_metadata_is_refused(change, tmp_path):
     with pytest.raises(AdapterError):
         lora.load_adapter(model, tmp_path)
     assert {type(module) for module in model.values()} == {nn.Linear}
+
+
+def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart():
+    half = torch.arange(6, dtype=torch.float16)
+    others = [
+        ("facts", {"b": half}),
+        ("facts", {"a": half.view(torch.bfloat16)}),
+        ("facts", {"a": half.view(2, 3)}),
+        ("facts", {"a": half + 1}),
+        ("other", {"a": half}),
+    ]
+    assert len({digest("facts", {"a": half}), *(digest(*other) for other in others)}) == 6
 
 
 def test_no_pipe_no_device_and_no_huge_json(tmp_path):

@@ -40,6 +40,7 @@ def layer_of(module):
         module.lora_alpha,
         module.scaling,
         transposed=getattr(module, "fan_in_fan_out", False),
+        magnitude=getattr(module, "lora_magnitude", None),
         **parts,
     )
 
@@ -217,6 +218,21 @@ def test_every_kind_of_layer_in_blocks_of_any_size(tmp_path, fill_factors, monke
         assert torch.equal(merged[name], state[name])
     assert report.tensors == len(state)
     assert report.bytes == sum(t.numel() * t.element_size() for t in state.values())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora_has_the_norms_of_the_rows_of_out_in(tmp_path, fill_factors, transposed):
+    layer = lora.Linear(7, 12, 3, 6, 0.0, transposed, bias=False, use_dora=True)
+    model = fill_factors(nn.ModuleDict({"layer": layer}))
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(torch.linspace(0.5, 2, 12))
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"layer.weight": layer.weight.detach()}, base / "model.safetensors")
+    merge_checkpoint(base, adapter_of(model), tmp_path / "out")
+    merged = load_file(tmp_path / "out/model.safetensors")["layer.weight"]
+    expected = layer(torch.eye(7)).detach()  # (in, out)
+    torch.testing.assert_close(merged if transposed else merged.t(), expected)
 
 
 def test_the_number_of_shards_changes_nothing(make_case, tmp_path):

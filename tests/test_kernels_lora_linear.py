@@ -80,6 +80,18 @@ def test_gradcheck_and_gradgradcheck(p, splits, enabled):
     assert torch.autograd.gradgradcheck(f, tensors)
 
 
+def test_a_loss_with_a_gradient_penalty():
+    """y and S have gradients in one backward, unlike in gradgradcheck."""
+    tensors = problem((2, 3, 7), 9, 2, (True,), None)
+
+    def of(function):
+        y = function(*tensors, 0.7).square().sum()
+        first = torch.autograd.grad(y, tensors[-2:], create_graph=True)
+        return torch.autograd.grad(y + sum(g.square().sum() for g in first), tensors)
+
+    torch.testing.assert_close(of(lora_linear), of(reference), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_error_is_at_most_twice_pytorchs(dtype, p):

@@ -266,6 +266,8 @@ def test_refusals_name_the_offender_and_touch_nothing(case):
         ({"layers_to_transform": 12}, r"layers_to_transform=12.*no target lies in layer \[12\]"),
         ({"layers_to_transform": []}, "layers_to_transform"),
         ({"rank_pattern": {"qq": 3}}, "rank_pattern: 'qq' matches none"),
+        ({"rank_pattern": {"_proj": 3}}, "rank_pattern: '_proj' matches none"),
+        ({"rank_pattern": {"layers.1": 3}}, "rank_pattern: 'layers.1' matches none"),
         ({"alpha_pattern": {"qq": 3}}, "alpha_pattern: 'qq' matches none"),
         ({"rank_pattern": {"layers.11.self_attn.q_proj": 0}}, "layers.11.*r=0"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "with the regular expression"),
