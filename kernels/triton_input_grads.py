@@ -7,8 +7,12 @@ from the seed. The frozen product is then accumulated on dX0 by the GEMM
 made again, dS A is written, masked, and added.
 
 A program owns a tile of columns and a chunk of rows: dA of the tile stays in registers while it walks
-down the rows. If R is above the largest block of ranks, the programs of the first block add up dX0
-over all of them, and x is read once a block. What is not needed is skipped: without dA, x is not read.
+down the rows. If R is above the largest block of ranks, dA and dX0 are two launches: one with a program
+a block of ranks, so that x is read once a block, and one whose programs add up dX0 over all blocks. What
+is not needed is skipped: without dA, x is not read.
+
+Which of the two a program computes is known when it is compiled. A branch at run time inside the loop
+over the rows would leave the pipeliner a buffer of dS short (triton #8139 is of this kind).
 """
 
 import torch
@@ -67,6 +71,7 @@ def input_grads_kernel(
     DROPOUT: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DA: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,9 +103,9 @@ def input_grads_kernel(
             if DROPOUT:
                 x = tl.where(keep, x, 0.0)
             da = tl.dot(tl.trans(ds), x, da, input_precision=PRECISION)
-        if NEED_DX:  # noqa: SIM102  # this one is known when compiling
-            if tl.program_id(2) == 0:
-                dx = tl.dot(ds, a, input_precision=PRECISION)
+        if NEED_DX:
+            dx = tl.dot(ds, a, input_precision=PRECISION)
+            if BLOCKS > 1:
                 for k in range(BLOCK_R, R, BLOCK_R):
                     more = k + tl.arange(0, BLOCK_R)
                     in_ds = (rows[:, None] < M) & (more[None, :] < R)
@@ -109,11 +114,10 @@ def input_grads_kernel(
                     at = a_ptr + more.to(tl.int64)[:, None] * K + columns[None, :]
                     a_k = tl.load(at, mask=in_a, other=0).to(dtype)
                     dx = tl.dot(ds_k, a_k, dx, input_precision=PRECISION)
-                dx = dx * alpha
-                if DROPOUT:
-                    dx = tl.where(keep, dx, 0.0)
-                to = dx_ptr + wide_rows * K + columns[None, :]
-                tl.store(to, dx.to(dtype), mask=inside)
+            dx = dx * alpha
+            if DROPOUT:
+                dx = tl.where(keep, dx, 0.0)
+            tl.store(dx_ptr + wide_rows * K + columns[None, :], dx.to(dtype), mask=inside)
     if NEED_DA:
         tl.store(da_ptr + split.to(tl.int64) * R * K + of_a, da, mask=inside_a)
 
@@ -134,14 +138,18 @@ def input_grads(
     """
     (m, r), k = ds.shape, lora_A.shape[1]
     block_r, config = choose(CONFIGS, architecture(ds.device), r, ds, k)
-    tiles, rank_blocks = cdiv(k, config.columns), cdiv(r, block_r) if need_da else 1
-    splits = PROGRAMS * processors(ds.device) // (tiles * rank_blocks)
-    m_chunk = chunk(m, config.rows, max(splits, 1))
+    tiles, blocks = cdiv(k, config.columns), cdiv(r, block_r)
+    if blocks > 1 and need_dx and need_da:
+        dx, _ = input_grads(None, ds, lora_A, alpha, seed, level, True, False)
+        _, da = input_grads(x, ds, lora_A, alpha, seed, level, False, True)
+        return dx, da
+    programs = tiles * (blocks if need_da else 1)
+    m_chunk = chunk(m, config.rows, max(PROGRAMS * processors(ds.device) // programs, 1))
     splits = cdiv(m, m_chunk)
     dx = ds.new_empty((m, k)) if need_dx else None
     slabs = ds.new_empty((splits, r, k), dtype=torch.float32) if need_da else None
     with on_device(ds):
-        input_grads_kernel[(tiles, splits, rank_blocks)](
+        input_grads_kernel[(tiles, splits, blocks if need_da else 1)](
             x,
             ds,
             lora_A,
@@ -158,6 +166,7 @@ def input_grads(
             DROPOUT=seed is not None,
             NEED_DX=need_dx,
             NEED_DA=need_da,
+            BLOCKS=blocks,
             PRECISION=dot_precision(ds.dtype),
             BLOCK_M=config.rows,
             BLOCK_K=config.columns,

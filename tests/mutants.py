@@ -77,10 +77,7 @@ MUTANTS = [
         "lora/adapter/storage.py",
         "{key}\\0{tensor.dtype}\\0{tuple(",
         "{key}\\0{tuple(",
-        (
-            "tests/test_adapter_files.py::"
-            "test_the_digest_tells_names_dtypes_shapes_and_bytes_apart",
-        ),
+        ("tests/test_adapter_files.py::test_the_digest_tells_names_dtypes_shapes_and_bytes_apart",),
     ),
     Mutant(
         "small-convolution-updates-rounded-away",

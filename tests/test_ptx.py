@@ -60,9 +60,7 @@ def emulated(ptx, shared, tile, copies="early", change=lambda memory, arguments:
     memory = GlobalMemory(1 << 21)
     arguments = [memory.put(a), memory.put(b), memory.put(np.zeros((M, N), np.float32), False), K]
     change(memory, arguments)
-    found = machine.run(
-        program.parse(ptx, shared), memory, arguments, (grid, 1, 1), copies=copies
-    )
+    found = machine.run(program.parse(ptx, shared), memory, arguments, (grid, 1, 1), copies=copies)
     got, whole = memory.get(arguments[2], (M, N), np.float32)
     want = matrix.float_of_bf16(a) @ matrix.float_of_bf16(b).T
     return (np.abs(got - want).max() if whole else np.inf), {rule for rule, *_ in found}

@@ -1,9 +1,9 @@
 """Lets the launchers run their kernels in the emulator: on CPU tensors, from the PTX of a GPU's.
 
-    with emulated("sm_90", copies="early") as run:
-        y = lora_linear(..., impl="triton")
-    run.found    # (kernel, rule, what was seen, where) -> how often
-    run.configs  # (kernel, table, padded rank) that the launchers chose
+with emulated("sm_90", copies="early") as run:
+    y = lora_linear(..., impl="triton")
+run.found    # (kernel, rule, what was seen, where) -> how often
+run.configs  # (kernel, table, padded rank) that the launchers chose
 """
 
 import collections

@@ -347,7 +347,9 @@ def _compare(machine: Machine, i: Instruction) -> None:
 def _select(machine: Machine, i: Instruction) -> None:
     target, a, b, predicate = i.operands
     kind = f"b{i.modifiers[-1][1:]}"
-    chosen = np.where(machine.value(predicate, "pred"), machine.value(a, kind), machine.value(b, kind))
+    chosen = np.where(
+        machine.value(predicate, "pred"), machine.value(a, kind), machine.value(b, kind)
+    )
     machine.set(target, chosen, machine.active(i))
 
 
@@ -418,7 +420,9 @@ def _convert(machine: Machine, i: Instruction) -> None:
 def _count_bits(machine: Machine, i: Instruction) -> None:
     value = np.ascontiguousarray(machine.value(i.operands[1], i.modifiers[-1]))
     raw = value.view(np.uint8).reshape(len(value), -1)
-    machine.set(i.operands[0], np.unpackbits(raw, axis=1).sum(1).astype(np.uint32), machine.active(i))
+    machine.set(
+        i.operands[0], np.unpackbits(raw, axis=1).sum(1).astype(np.uint32), machine.active(i)
+    )
 
 
 def _shuffle(machine: Machine, i: Instruction) -> None:

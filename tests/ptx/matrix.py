@@ -272,7 +272,10 @@ def _multiply(machine: Machine, i: Instruction) -> None:
     unfenced, pending, waiting = set(products.unfenced), products.registers, products.factors
     products.registers, products.factors = collections.Counter(), collections.Counter()
     for j, part in enumerate(target.parts):
-        row, column = 16 * warp + lane // 4 + 8 * (j % 4 // 2), 8 * (j // 4) + 2 * (lane % 4) + j % 2
+        row, column = (
+            16 * warp + lane // 4 + 8 * (j % 4 // 2),
+            8 * (j // 4) + 2 * (lane % 4) + j % 2,
+        )
         before = machine.value(part, "f32") if add.any() else np.zeros(1, np.float32)
         more = product[:, row, column].reshape(-1)
         machine.set(part, (np.where(add, before, 0).astype(np.float64) + more).astype(np.float32))
@@ -323,7 +326,9 @@ def _operand_in_memory(
     index = shared.index(at.reshape(-1), who, 2, machine.report)
     shared.check_ready(index, machine.report)
     if shared.generic[index].any():
-        machine.report("proxy fence", "wgmma reads what was written with no fence.proxy.async since")
+        machine.report(
+            "proxy fence", "wgmma reads what was written with no fence.proxy.async since"
+        )
     if (shared.write_time[index] == shared.time).any():
         machine.report("race", "wgmma reads what was written since the last barrier")
     blocks = machine.n // machine.program.threads

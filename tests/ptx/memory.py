@@ -96,8 +96,12 @@ class SharedMemory:
         n = blocks * size
         self.data = np.full(n, 0xEE, np.uint8)
         self.written = np.zeros(n, bool)
-        self.writer, self.write_time, self.write_step = (np.full(n, NOBODY, np.int32) for _ in range(3))
-        self.reader, self.read_time, self.read_step = (np.full(n, NOBODY, np.int32) for _ in range(3))
+        self.writer, self.write_time, self.write_step = (
+            np.full(n, NOBODY, np.int32) for _ in range(3)
+        )
+        self.reader, self.read_time, self.read_step = (
+            np.full(n, NOBODY, np.int32) for _ in range(3)
+        )
         self.read_warp = np.full(n, NOBODY, np.int32)
         # The warp group that read it by a wgmma which has been waited for, and when.
         self.group, self.group_time = (np.full(n, NOBODY, np.int32) for _ in range(2))
