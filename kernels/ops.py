@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available  # which torch 2.11 does not export
 from torch.nn import functional as F
 
 from .dropout import keep
@@ -43,7 +44,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    return is_autocast_available(kind)
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler; torch 2.11 cannot trace it.

@@ -174,13 +174,14 @@ def choose(table: Table, arch: str, rank: int, like: Tensor, *strides: int) -> t
 
     An architecture's configs stand by the largest padded rank they serve, in rising order; a rank above
     all of them is walked in blocks. Four-byte elements have configs of their own, for every GPU: their
-    products without TF32 run on the plain units, whose operands fill the registers. Strides that are
-    no multiple of 16 forbid wide loads, whose place many pointers take: the small tiles of the default.
+    products without TF32 run on the plain units, whose operands fill the registers. An address of
+    `like` or a stride that is not a multiple of 16 forbids wide loads, and a pointer for each element
+    takes registers: such tensors get the small tiles of the default.
     """
     if arch != "interpreter":
         if like.element_size() == 4:
             arch = "fp32"
-        elif arch not in table or any(stride % 16 for stride in strides):
+        elif arch not in table or like.data_ptr() % 16 or any(stride % 16 for stride in strides):
             arch = "default"
     configs = table[arch]
     padded = min(max(16, _power_of_two(rank)), max(configs))  # tl.dot takes 16 and more

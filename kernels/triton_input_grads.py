@@ -7,9 +7,9 @@ from the seed. The frozen product is then accumulated on dX0 by the GEMM
 made again, dS A is written, masked, and added.
 
 A program owns a tile of columns and a chunk of rows: dA of the tile stays in registers while it walks
-down the rows. If R is above the largest block of ranks, dA and dX0 are two launches: one with a program
-a block of ranks, so that x is read once a block, and one whose programs add up dX0 over all blocks. What
-is not needed is skipped: without dA, x is not read.
+down the rows. If R is above the largest block of ranks, dA and dX0 are two launches: one with a
+program a block of ranks, so that x is read once a block, and one whose programs add up dX0 over all
+blocks. What is not needed is skipped: without dA, x is not read.
 
 Which of the two a program computes is known when it is compiled. A branch at run time inside the loop
 over the rows would leave the pipeliner a buffer of dS short (triton #8139 is of this kind).
@@ -137,7 +137,7 @@ def input_grads(
     x (M, K) with unit stride in the rows, for dA alone; ds (M, R) and lora_A (R, K) contiguous.
     """
     (m, r), k = ds.shape, lora_A.shape[1]
-    block_r, config = choose(CONFIGS, architecture(ds.device), r, ds, k)
+    block_r, config = choose(CONFIGS, architecture(ds.device), r, ds if x is None else x, k)
     tiles, blocks = cdiv(k, config.columns), cdiv(r, block_r)
     if blocks > 1 and need_dx and need_da:
         dx, _ = input_grads(None, ds, lora_A, alpha, seed, level, True, False)

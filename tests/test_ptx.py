@@ -1,4 +1,4 @@
-"""The emulator of PTX (tests/ptx): right where the PTX is, and every rule of it found broken on purpose."""
+"""The emulator of PTX (tests/ptx) is right where the PTX is, and finds every rule broken on purpose."""
 
 import re
 
@@ -149,7 +149,7 @@ def test_every_rule_is_broken_by_a_fault():
 def test_what_is_not_emulated_is_named(modules):
     tile = TILES[80][0]
     ptx, shared = modules[80, tile]
-    with pytest.raises(NotImplementedError, match="named barriers: bar.sync"):
+    with pytest.raises(NotImplementedError, match=r"named barriers: bar\.sync"):
         emulated(re.sub(r"bar\.sync\s+0;", "bar.sync 1, 128;", ptx), shared, tile)
-    with pytest.raises(NotImplementedError, match="mbarrier.init"):
+    with pytest.raises(NotImplementedError, match=r"mbarrier\.init"):
         emulated(ptx.replace("ret;", "mbarrier.init.shared.b64 [%r1], 1;\nret;"), shared, tile)

@@ -60,7 +60,7 @@ class _Kernel:
                 found = machine.run(program, memory, given, whole, copies=self.copies)
             self.run.programs[self.kernel.__name__] += int(np.prod(whole))
             for what, count in found.items():
-                self.run.found[self.kernel.__name__, *what] += count
+                self.run.found[(self.kernel.__name__, *what)] += count
 
         return launch
 
@@ -75,7 +75,7 @@ def _compile(arch: str, source: Any, options: dict[str, Any]) -> Program:
 
 @contextlib.contextmanager
 def _in_emulated_memory(values: list[Any]) -> Iterator[tuple[GlobalMemory, dict[int, int]]]:
-    """Copies of the tensors' storages, and their addresses by the tensors' ids; copied back at the end."""
+    """Copies of the tensors' storages, and addresses by the tensors' ids; copied back at the end."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     sizes = sum(storage.nbytes() + 2 * GlobalMemory.GAP for storage in storages.values())

@@ -1,7 +1,7 @@
 """Thread blocks in lockstep: registers, control flow and the instructions of a single thread.
 
-A register is an array of unsigned integers (a predicate: of bools), an element a thread, for all threads
-of all blocks that run together. Blocks part where a branch takes some of them elsewhere.
+A register is an array of unsigned integers (a predicate: of bools), an element a thread, for all
+threads of all blocks that run together. Blocks part where a branch takes some of them elsewhere.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """What a warp or a warp group does together: ldmatrix, stmatrix, mma.sync, wgmma, and cp.async.
 
-Fragments are those of the PTX ISA: with g = lane / 4 and t = lane % 4, register j of an m16n8k16 product
-holds two neighbours of A in row g + 8 (j % 2) from column 2 t + 8 (j / 2) on, of B in column g from row
-2 t + 8 j on, and element j of C is in row g + 8 (j / 2), column 2 t + j % 2.
+Fragments are those of the PTX ISA: with g = lane / 4 and t = lane % 4, register j of an m16n8k16
+product holds two neighbours of A in row g + 8 (j % 2) from column 2 t + 8 (j / 2) on, of B in column g
+from row 2 t + 8 j on, and element j of C is in row g + 8 (j / 2), column 2 t + j % 2.
 """
 
 from __future__ import annotations
