@@ -59,6 +59,13 @@ PROCESSES = "tests/test_distributed.py::test_several_processes_are_one"
 MUTANTS = [
     # kernels/
     Mutant(
+        "branch-in-the-pipelined-loop",
+        "kernels/triton_input_grads.py",
+        "        if NEED_DX:\n            dx = tl.dot",
+        "        if NEED_DX and tl.program_id(2) == 0:\n            dx = tl.dot",
+        ("tests/test_ptx.py::test_the_compiled_kernels_are_right_and_break_no_rule",),
+    ),
+    Mutant(
         "second-derivative-without-scale",
         "kernels/ops.py",
         "grad_s if ds is None else grad_s + alpha * ds, 1.0",

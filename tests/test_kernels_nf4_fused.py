@@ -1,7 +1,7 @@
 """The NF4 kernels against PyTorch, to the bit: on a GPU, or in Triton's interpreter.
 
 Without a GPU, test_kernels_interpreter.py runs this file in a process of its own with
-TRITON_INTERPRET=1, without bf16, to which the interpreter rounds towards zero.
+TRITON_INTERPRET=1, with bf16 as interpreter_bf16.py has it.
 """
 
 import os
@@ -13,7 +13,9 @@ from lora.kernels import nf4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if INTERPRETED:
+    import interpreter_bf16  # noqa: F401
 SIZES = (1, 2, 63, 64, 65, 1000, 2048, 2049, 40_000)
 SIZES += () if INTERPRETED else (3072 * 9216, 16_384 * 3072 + 33)
 pytestmark = [pytest.mark.gpu, pytest.mark.fused]

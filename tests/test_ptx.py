@@ -8,6 +8,8 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is for Linux alone")
 tl = triton.language
 
+import emulate  # noqa: E402
+import torch  # noqa: E402
 from ptx import RULES, machine, matrix, program  # noqa: E402
 from ptx.memory import GlobalMemory  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -45,6 +47,13 @@ def compiled(capability, M, N, BLOCK, warps):
         options={"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True},
     )
     return made.asm["ptx"], made.metadata.shared
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_anew(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +162,25 @@ def test_what_is_not_emulated_is_named(modules):
         emulated(re.sub(r"bar\.sync\s+0;", "bar.sync 1, 128;", ptx), shared, tile)
     with pytest.raises(NotImplementedError, match=r"mbarrier\.init"):
         emulated(ptx.replace("ret;", "mbarrier.init.shared.b64 [%r1], 1;\nret;"), shared, tile)
+
+
+# A few of emulate.py's cases: the kernels' own PTX.
+
+
+@pytest.mark.parametrize(
+    ("arch", "copies", "case"),
+    [
+        ("sm_90", "early", "rank 16 of each of three"),
+        ("sm_90", "late", "odd, rank 100"),
+        ("sm_80", "early", "rank over two blocks"),
+    ],
+)
+def test_the_compiled_kernels_are_right_and_break_no_rule(arch, copies, case):
+    found = emulate.training_step(arch, copies, case, torch.bfloat16, torch.bfloat16)
+    assert not found.verdict
+    assert len(found.run.configs) >= 4
+    assert found.run.programs["input_grads_kernel"] > 2
+
+
+def test_nf4_as_compiled():
+    assert not emulate.quantisation("sm_90", "early", 2049, torch.bfloat16).verdict

@@ -11,11 +11,11 @@ tests/emulate.py has the cases, and is the command that runs them.
 Beside computing, it reports what PTX leaves undefined, so that a result which is right by luck of
 timing counts as wrong: `RULES` lists the rules, and tests/test_ptx.py breaks each of them on purpose.
 
-Source: the PTX ISA, sections on the memory consistency model, cp.async, asynchronous warp-group products
+Source: the PTX ISA, on the memory consistency model, cp.async, asynchronous products of warp groups
 (wgmma), and the fragments of mma.
 
-Limits: control flow must be uniform within a thread block; TMA, mbarriers, named barriers, clusters and
-atomics are not emulated and raise NotImplementedError. ptxas and the hardware are trusted.
+Limits: control flow must be uniform within a thread block; TMA, mbarriers, named barriers, clusters
+and atomics are not emulated and raise NotImplementedError. ptxas and the hardware are trusted.
 """
 
 RULES = {
