@@ -31,6 +31,7 @@ LAYERS = {name: (size, sum(parts)) for name, (size, parts) in PHI_3_MINI.items()
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-12}  # relative RMS error
 REPEATS = 5  # of a step in one round on CUDA; the round's time is their median
 MORE_THAN_L2 = 256 << 20
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
 
 # Cells that do not apply to a benchmark are empty.
 COLUMNS = (
@@ -94,12 +95,18 @@ def _host_seconds(step: Callable[..., Any], setup: Callable[[], Any] | None) -> 
 
 
 def _cuda_seconds(step: Callable[..., Any], setup: Callable[[], Any] | None) -> float:
-    """The flush also keeps the GPU busy while the step's launches queue up behind it."""
+    """Of the GPU alone: while it flushes its cache and spins, the host enqueues the whole step."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
     flush = torch.empty(MORE_THAN_L2, dtype=torch.int8, device="cuda")
+    ready = (setup(),) if setup else ()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    step(*ready)
+    enqueueing = time.perf_counter() - begun
     for start, stop in events:
         ready = (setup(),) if setup else ()
         flush.zero_()
+        torch.cuda._sleep(int(1.5 * enqueueing * CYCLES_PER_SECOND))
         start.record()
         step(*ready)
         stop.record()

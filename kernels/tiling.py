@@ -33,8 +33,9 @@ def keep_mask(seed, rows, first_column, level, BLOCK: tl.constexpr):
     zero = tl.zeros_like(columns)
     w0, w1, w2, w3 = tl.philox(seed, columns, lines, zero, zero, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, (rows.shape[0], BLOCK)) >= level
+    threshold = (level << 16).to(tl.uint32, bitcast=True)
+    kept = tl.join((words << 16) >= threshold, words >= threshold)  # whole words: 16 bits cost more
+    return tl.reshape(kept, (rows.shape[0], BLOCK))
 
 
 @triton.jit

@@ -43,7 +43,10 @@ CONFIGS: Table = {
         16: Config(rows=64, columns=256, warps=8, stages=2),
         128: Config(rows=64, columns=128, warps=8, stages=2),
     },
+    # A product reads its operands from the buffers, so that with two stages the next tile is asked for
+    # after it and waited for at once; three need 223,232 bytes of the 232,448 that a block may have.
     "sm_90": {
+        32: Config(rows=64, columns=512, warps=8, stages=3),
         64: Config(rows=64, columns=512, warps=8, stages=2),
         128: Config(rows=64, columns=128, warps=8, stages=3),
     },

@@ -6,7 +6,8 @@
 The launchers themselves are run, on tensors without memory, with a recorder in the place of the kernel:
 so what is compiled are the real arguments, specialised as Triton does (divisible by 16, equal to 1).
 A line a kernel: registers, spilled bytes, shared memory, matrix instruction. Exit status 1 if a kernel
-spills, needs more shared memory than the target has, or misses the matrix instruction that was meant.
+spills, needs more shared memory than the target has, misses the matrix instruction that was meant, or
+has one of the hazards of hazards.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hazards
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -60,7 +62,6 @@ FEW = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDE = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}  # with 64 rows and more
 INSTRUCTIONS = (*WIDE.values(), "v_mfma", "mma.sync")
 PROCESSORS = 132
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Recorder:
@@ -137,24 +138,28 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64)
 
 
-def sass(cubin: Path) -> str:
-    """The machine code of a binary for an NVIDIA GPU."""
-    done = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True)
+def cuobjdump(option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def sass(cubin: bytes) -> str:
+    """The machine code of a binary for an NVIDIA GPU."""
+    return cuobjdump("-sass", cubin)
 
 
 def measure(compiled) -> dict[str, int | str]:
     """Registers, spilled bytes and shared memory, from the finished binary."""
     shared = compiled.metadata.shared
     if "cubin" in compiled.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            usage = dict(re.findall(r"(\w+):(\d+)", done.stdout))
-            spills = int(usage["LOCAL"]) + int(usage["STACK"])
-            if spills and not re.search(r"\b(LDL|STL)\b", sass(Path(file.name))):
-                spills = 0  # reserved for the call of a division's slow path, and never touched
+        cubin = compiled.asm["cubin"]
+        usage = dict(re.findall(r"(\w+):(\d+)", cuobjdump("--dump-resource-usage", cubin)))
+        spills = int(usage["LOCAL"]) + int(usage["STACK"])
+        if spills and not re.search(r"\b(LDL|STL)\b", sass(cubin)):
+            spills = 0  # reserved for the call of a division's slow path, and never touched
         return {"registers": int(usage["REG"]), "spills": spills, "shared": shared}
     usage = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
     spills = int(usage["vgpr_spill_count"])  # scalar registers spill into vector ones
@@ -262,6 +267,9 @@ def judge(arch: str, compiled, dtype: torch.dtype, options: dict) -> tuple[dict,
         wrong.append(f"shared memory {found['shared']} > {SHARED[arch]}")
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     found["matrix"] = next((i for i in INSTRUCTIONS if i in text), "none")
+    wrong += hazards.refilled_early(compiled.asm["ttgir"])
+    if found["matrix"] == "wgmma":  # the only products whose operands stay in registers meanwhile
+        wrong += hazards.written_in_flight(sass(compiled.asm["cubin"]))
     meant = meant_instruction(arch, dtype, options)
     if found["matrix"] not in (meant, WIDE.get(arch)) and "BLOCK_M" in options:
         wrong.append(f"uses {found['matrix']}, not {meant}")
