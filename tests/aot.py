@@ -72,13 +72,18 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args, **options):
-            self.launches.append((self.kernel, args, options))
+            self.launches.append((self.kernel, args, options, grid))
 
         return launch
 
 
 def record(arch: str, run) -> list[tuple]:
     """(kernel, positional arguments, keywords) of every launch that `run` makes on `arch`."""
+    return [launch[:3] for launch in record_with_grids(arch, run)]
+
+
+def record_with_grids(arch: str, run) -> list[tuple]:
+    """As `record`, and the grid of each launch."""
     recorders, before = [], []
     for name, module in MODULES.items():
         recorders.append(Recorder(getattr(module, name)))
