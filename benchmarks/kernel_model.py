@@ -10,8 +10,8 @@ of the main loop: those of the busiest of a scheduler's units, or of issuing, on
     time = 2 µs + waves · (max(memory, issue) if the next tile loads meanwhile, else their sum)
 
 where waves is the number of rounds, rounded up, over the exact one. The next tile loads meanwhile if a
-processor has several programs, or the loop waits for all copies but the latest. What a GPU does beside (caches,
-bank conflicts, the order of instructions) is left out: take it for ± 25 %, to compare configs with.
+processor has several programs, or the loop waits for all copies but the latest. What a GPU does beside
+(caches, bank conflicts, the order of instructions) is left out: take it for ± 25 %, to compare configs.
 """
 
 import argparse
