@@ -169,7 +169,7 @@ def test_what_is_not_emulated_is_named(modules):
 @pytest.mark.parametrize(
     ("arch", "copies", "case"),
     [
-        ("sm_90", "early", "rank 16 of each of three"),
+        ("sm_90", "early", "rank 16"),
         ("sm_90", "late", "odd, rank 100"),
         ("sm_80", "early", "rank over two blocks"),
     ],
