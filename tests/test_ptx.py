@@ -10,7 +10,7 @@ tl = triton.language
 
 import emulate  # noqa: E402
 import torch  # noqa: E402
-from ptx import RULES, machine, matrix, program  # noqa: E402
+from ptx import RULES, machine, matrix, program, scalar  # noqa: E402
 from ptx.memory import GlobalMemory  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -66,7 +66,7 @@ def emulated(ptx, shared, tile, copies="early", change=lambda memory, arguments:
     """The largest error of c, and the rules that were broken."""
     M, N, *_ = tile
     random = np.random.default_rng(0)
-    a, b = (machine.bits_of_bf16(random.standard_normal((rows, K))) for rows in (M, N))
+    a, b = (scalar.bits_of_bf16(random.standard_normal((rows, K))) for rows in (M, N))
     memory = GlobalMemory(1 << 21)
     arguments = [memory.put(a), memory.put(b), memory.put(np.zeros((M, N), np.float32), False), K]
     change(memory, arguments)

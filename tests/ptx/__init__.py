@@ -2,7 +2,8 @@
 
     program.py   PTX text -> instructions
     memory.py    global and shared memory, and the rules of who may touch a byte when
-    machine.py   thread blocks in lockstep: registers, control flow, scalar instructions
+    machine.py   thread blocks in lockstep: registers and control flow
+    scalar.py    the instructions of a single thread
     matrix.py    the instructions of a warp or warp group: ldmatrix, mma.sync, wgmma, cp.async
     launch.py    lets this project's launchers run their kernels in the emulator
 

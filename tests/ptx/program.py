@@ -1,9 +1,17 @@
-"""PTX text -> instructions."""
+"""PTX text -> instructions, and PTX's types."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+DTYPES: dict[str, Any] = {"pred": np.bool_, "f16": np.float16, "f32": np.float32, "f64": np.float64}
+DTYPES |= {f"{kind}{8 * size}": u for kind in "bu" for size, u in UNSIGNED.items()}
+DTYPES |= {f"s{8 * size}": np.dtype(f"i{size}").type for size in UNSIGNED}
+DTYPES |= {"bf16": np.uint16, "tf32": np.uint32}
 
 
 class Register(NamedTuple):
