@@ -68,12 +68,13 @@ def main() -> None:
     folder = parser.parse_args().folder
     matplotlib.use("Agg")
     rows = read(folder)
+    dtype = "bf16" if any(row["dtype"] == "bf16" for row in rows) else "fp32"
     layers = [
         row
         for row in rows
         if row.get("bench", "layers") == "layers"  # a file without the column is of the layers
         and row["provider"] != "frozen"
-        and row["dtype"] == "bf16"
+        and row["dtype"] == dtype
         and row["parts"] == "1"
         and row.get("pass", "both") == "both"
     ]

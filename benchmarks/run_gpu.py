@@ -47,9 +47,10 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     files = [f"tests/test_{name}.py" for name in names]
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # compiling takes the time
     tests = [("tests", 180, ["-m", "pytest", "-q", *workers, *files])]
-    headline = ["--tokens", "64" if small else "8192", "--dtypes", "bf16", *quick]
-    wide = ["--dtypes", "bf16", "--rounds", "2", "--providers", *SWEPT]
-    step = ["--parts", "grid", "nf4", "--dtypes", "bf16"]
+    dtype = "fp32" if small else "bf16"  # for which many a CPU takes several times longer
+    headline = ["--tokens", "64" if small else "8192", "--dtypes", dtype, *quick]
+    wide = ["--dtypes", dtype, "--rounds", "2", "--providers", *SWEPT]
+    step = ["--parts", "grid", "nf4", "--dtypes", dtype]
     if small:
         wide += ["--tokens", "16", "--ranks", "16", "--models", "phi-3-mini", "--passes", "both"]
         step += ["--layers", "2", "--batch", "1", "--length", "32", "--checkpointing", "none"]
@@ -74,7 +75,7 @@ def parts(args: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
         *([] if small else tests),
         ("beta", 45, experiments("beta")),
         ("layers", 120, script("bench_layers", "layers", *headline)),
-        ("kernels", 90, script("bench_kernels", "kernels", *quick)),
+        ("kernels", 90, script("bench_kernels", "kernels", "--dtype", dtype, *quick)),
         ("step", 150, script("bench_step", "step", *quick, *step)),
         ("experiments", 100, experiments("bandwidth", "philox", "extended")),
         ("sweep", 600, script("bench_layers", "sweep", *wide)),
