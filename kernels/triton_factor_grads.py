@@ -43,10 +43,11 @@ CONFIGS: Table = {
         16: Config(rows=64, columns=256, warps=8, stages=2),
         128: Config(rows=64, columns=128, warps=8, stages=2),
     },
-    # A product reads its operands from the buffers, so that with two stages the next tile is asked for
-    # after it and waited for at once; three need 223,232 bytes of the 232,448 that a block may have.
+    # A product reads its operands from the buffers, so with two stages the next tile is asked for after
+    # it and waited for at once. Three need 223,232 of the 232,448 bytes that a block may have, and
+    # 249,856 for 32 ranks.
     "sm_90": {
-        32: Config(rows=64, columns=512, warps=8, stages=3),
+        16: Config(rows=64, columns=512, warps=8, stages=3),
         64: Config(rows=64, columns=512, warps=8, stages=2),
         128: Config(rows=64, columns=128, warps=8, stages=3),
     },

@@ -297,7 +297,8 @@ def main() -> None:
                 continue
             seen.add(key)
             compiled = triton.compile(src, target=target(arch), options=compile_options)
-            found, wrong = judge(arch, compiled, positional[0].dtype, options)
+            dtype = next(t.dtype for t in positional if isinstance(t, torch.Tensor))
+            found, wrong = judge(arch, compiled, dtype, options)
             failures += bool(wrong)
             shown = " ".join(f"{name} {value:>6}" for name, value in found.items())
             print(

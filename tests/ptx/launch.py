@@ -69,6 +69,10 @@ def _compile(arch: str, source: Any, options: dict[str, Any]) -> Program:
     key = (arch, source.hash(), str(sorted(options.items())))
     if key not in _compiled:
         made = triton.compile(source, target=aot.target(arch), options=options)
+        if made.metadata.shared > aot.SHARED[arch]:
+            raise ValueError(
+                f"{made.metadata.shared} bytes of shared memory: {arch} has {aot.SHARED[arch]}"
+            )
         _compiled[key] = parse(made.asm["ptx"], made.metadata.shared)
     return _compiled[key]
 
