@@ -51,7 +51,7 @@ def _halves(bits: np.ndarray) -> np.ndarray:
     return np.stack([bits & np.uint32(0xFFFF), bits >> np.uint32(16)], -1).astype(np.uint16)
 
 
-# Copies that run while the program goes on
+# Asynchronous copies
 
 
 class Copy(NamedTuple):
@@ -170,7 +170,7 @@ def load_or_store_matrices(machine: Machine, i: Instruction) -> None:
                 shared.write(a, who, raw[:, size * h : size * (h + 1)], report)
 
 
-# Products of a warp group, which run while the program goes on
+# Asynchronous products of a warp group
 
 
 class Product(NamedTuple):
@@ -268,7 +268,7 @@ def _multiply(machine: Machine, i: Instruction) -> None:
         machine.value(scale_d, "pred" if not isinstance(scale_d, Immediate) else "b32"), machine.n
     ).astype(bool)
     warp, lane = WARP_GROUP // 32, WARP_GROUP % 32
-    # Accumulators of earlier products may be used without a wait, and are no reason for a fence.
+    # Accumulators of earlier products may be used without a wait and without a fence.
     unfenced, pending, waiting = set(products.unfenced), products.registers, products.factors
     products.registers, products.factors = collections.Counter(), collections.Counter()
     for j, part in enumerate(target.parts):
