@@ -26,6 +26,7 @@ import triton
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import aot
+import hazards
 
 from harness import PHI_3_MINI
 
@@ -86,17 +87,10 @@ def launches(
 
 def main_loop(sass: str) -> tuple[list[str], list[str]]:
     """(instructions of the longest loop, all others)"""
-    code, places = [], {}
-    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass):
-        places[int(address, 16)] = len(code)
-        code.append(re.sub(r"^@!?\w+\s+", "", text))
-    loops = [(0, 0)]
-    for place, text in enumerate(code):
-        target = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-        start = places.get(int(target[1], 16)) if target else None
-        if start is not None and start < place:
-            loops.append((start, place + 1))
-    start, stop = max(loops, key=lambda loop: loop[1] - loop[0])
+    code = hazards.instructions(sass)
+    ends = ((start, branch + 1) for branch, start in hazards.loops(code) if start < branch)
+    start, stop = max(ends, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    code = [re.sub(r"^@!?\w+\s+", "", text) for text in code]
     return code[start:stop], code[:start] + code[stop:]
 
 

@@ -11,12 +11,14 @@ has one of the hazards of hazards.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import hazards
 import torch
@@ -84,20 +86,28 @@ def record(arch: str, run) -> list[tuple]:
 
 def record_with_grids(arch: str, run) -> list[tuple]:
     """As `record`, and the grid of each launch."""
-    recorders, before = [], []
-    for name, module in MODULES.items():
-        recorders.append(Recorder(getattr(module, name)))
-        before.append((module, name, recorders[-1].kernel))
-        setattr(module, name, recorders[-1])
-        for hook, value in (("architecture", arch), ("processors", PROCESSORS)):
-            before.append((module, hook, getattr(module, hook, None)))
-            setattr(module, hook, lambda device, value=value: value)
-    try:
+    recorders: list[Recorder] = []
+
+    def recorder(kernel: triton.JITFunction) -> Recorder:
+        recorders.append(Recorder(kernel))
+        return recorders[-1]
+
+    with launchers_with(recorder, arch, PROCESSORS):
         run()
-    finally:
-        for module, name, value in reversed(before):
-            setattr(module, name, value)
     return [launch for recorder in recorders for launch in recorder.launches]
+
+
+@contextlib.contextmanager
+def launchers_with(substitute, arch: str, processors: int):
+    """Within the block every launcher has `substitute(kernel)` for its kernel, and this device."""
+    with contextlib.ExitStack() as stack:
+        for name, module in MODULES.items():
+            changes = {name: substitute(getattr(module, name))}
+            for hook, value in (("architecture", arch), ("processors", processors)):
+                if hasattr(module, hook):
+                    changes[hook] = lambda device, value=value: value
+            stack.enter_context(mock.patch.multiple(module, **changes))
+        yield
 
 
 TYPES = {

@@ -25,9 +25,7 @@ class _Loop:
     slots: dict[str, Slot]
     contents: dict[Slot, int] = field(default_factory=dict)  # how often it was filled
     seen: dict[str, int] = field(default_factory=dict)  # by a view, when the iteration made it
-    in_flight: list[tuple[list[Slot], str]] = field(
-        default_factory=list
-    )  # by products, their barrier
+    in_flight: list[list[Slot]] = field(default_factory=list)  # read by a product each
 
 
 def refilled_early(ttgir: str) -> list[str]:
@@ -109,7 +107,7 @@ def _step(line: str, state: _Loop) -> Iterator[str]:
         target = state.slots[operands[-1]] if operands else None
         if target is None:
             return
-        if any(target in slots for slots, _ in state.in_flight):
+        if any(target in slots for slots in state.in_flight):
             yield f"{target[0]} is refilled while a product may still read it: {text[:120]}"
         state.contents[target] = state.contents.get(target, 0) + 1
     elif operation in READS:
@@ -117,9 +115,7 @@ def _step(line: str, state: _Loop) -> Iterator[str]:
             if view in state.seen and state.seen[view] != state.contents.get(state.slots[view], 0):
                 yield f"{state.slots[view][0]} is refilled, then read: {text[:120]}"
         if "isAsync = true" in text or "{is_async}" in text:
-            barrier = re.search(r"(%[\w-]+)\[%\w+\] \{is_async\}", text)
-            slots = [state.slots[view] for view in operands if view in state.seen]
-            state.in_flight.append((slots, barrier[1] if barrier else ""))
+            state.in_flight.append([state.slots[view] for view in operands if view in state.seen])
     elif operation == "ttng.warp_group_dot_wait":
         pending = int(re.search(r"pendings = (\d+)", text)[1])
         state.in_flight = state.in_flight[len(state.in_flight) - pending :] if pending else []
@@ -135,20 +131,31 @@ _NO_TARGET = re.compile(
 )
 
 
+def instructions(sass: str) -> list[str]:
+    """Without their encoding; branches name places in this list, "BRA @12", instead of addresses."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass)
+    places = {int(address, 16): place for place, (address, _) in enumerate(found)}
+
+    def place(target: re.Match[str]) -> str:
+        return f"{target[1]}@{places.get(int(target[2], 16), len(found))}"
+
+    return [re.sub(r"(BRA.*?)0x([0-9a-f]+)", place, text) for _, text in found]
+
+
+def loops(code: list[str]) -> list[tuple[int, int]]:
+    """(place of the branch back, place that it goes to) of every loop in `instructions`."""
+    branches = ((place, re.search(r"BRA.*?@(\d+)", text)) for place, text in enumerate(code))
+    return [(place, int(to[1])) for place, to in branches if to and int(to[1]) <= place]
+
+
 def written_in_flight(sass: str) -> list[str]:
     """One line for every register of A or D that is written while a HGMMA in flight may use it."""
-    code, labels = [], {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
-            labels[f"0x{int(instruction[1], 16):x}"] = len(code)
-            code.append(instruction[2])
+    code = instructions(sass)
     if not any("HGMMA" in text for text in code):
         return []
     found: dict[str, None] = {}
     groups: list[list[tuple[str, set[int]]]] = [[]]  # the last one is not closed
-    for place in _with_loops_twice(code, labels):
+    for place in _with_loops_twice(code):
         words = re.sub(r"^@!?\w+\s+", "", code[place])
         name, _, rest = words.partition(" ")
         if name.startswith("HGMMA"):
@@ -173,15 +180,13 @@ def written_in_flight(sass: str) -> list[str]:
     return list(found)
 
 
-def _with_loops_twice(code: list[str], labels: dict[str, int]) -> Iterator[int]:
-    done, place = set(), 0
+def _with_loops_twice(code: list[str]) -> Iterator[int]:
+    starts, done, place = dict(loops(code)), set(), 0
     while place < len(code):
         yield place
-        back = re.search(r"BRA.*?[`( ](\.L_x_\d+|0x[0-9a-f]+)", code[place])
-        target = labels.get(back[1], len(code)) if back else len(code)
-        if target <= place and place not in done and code[place].startswith("@"):
+        if place in starts and place not in done and code[place].startswith("@"):
             done.add(place)
-            place = target
+            place = starts[place]
         else:
             place += 1
 

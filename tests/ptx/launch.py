@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import aot
 import numpy as np
@@ -37,7 +38,7 @@ class Run:
 
 @dataclass
 class _Kernel:
-    """Stands at a kernel's name: `kernel[grid](...)` runs it in the emulator."""
+    """Replaces a kernel: `kernel[grid](...)` runs it in the emulator."""
 
     kernel: Any
     arch: str
@@ -105,22 +106,16 @@ def _in_emulated_memory(values: list[Any]) -> Iterator[tuple[GlobalMemory, dict[
 def emulated(arch: str, copies: str) -> Iterator[Run]:
     """Within the block the launchers compile for `arch` and run in the emulator (see machine.run)."""
     run = Run()
-    changed = [(dispatch, "_find_obstacle", lambda device, element: "")]
-    for name, module in aot.MODULES.items():
-        changed.append((module, name, _Kernel(getattr(module, name), arch, copies, run)))
-        for hook, value in (("architecture", arch), ("processors", PROCESSORS)):
-            if hasattr(module, hook):
-                changed.append((module, hook, lambda device, value=value: value))
-        if hasattr(module, "choose"):
-            changed.append((module, "choose", _noted(module.choose, name, run)))
-    before = [(module, name, getattr(module, name)) for module, name, _ in changed]
-    for module, name, value in changed:
-        setattr(module, name, value)
-    try:
+    kernels = aot.launchers_with(
+        lambda kernel: _Kernel(kernel, arch, copies, run), arch, PROCESSORS
+    )
+    with kernels, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "_find_obstacle", return_value=""))
+        for name, module in aot.MODULES.items():
+            if hasattr(module, "choose"):
+                noted = _noted(module.choose, name, run)
+                stack.enter_context(mock.patch.object(module, "choose", noted))
         yield run
-    finally:
-        for module, name, value in reversed(before):
-            setattr(module, name, value)
 
 
 def _noted(choose: Any, kernel: str, run: Run) -> Any:
